@@ -1,0 +1,14 @@
+"""Perfusion (key-locked rank-one editing) for Hugging Face diffusers."""
+
+from .attention import PerfusionAttnProcessor
+from .concept import PerfusionConcept
+from .loaders import PerfusionLoaderMixin, add_perfusion
+from .pipelines import PerfusionPipeline
+
+__all__ = [
+    "PerfusionAttnProcessor",
+    "PerfusionConcept",
+    "PerfusionLoaderMixin",
+    "PerfusionPipeline",
+    "add_perfusion",
+]

@@ -1,0 +1,199 @@
+"""`PerfusionAttnProcessor`, and how it is put on a UNet and taken off."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from .concept import PerfusionConcept
+from .editing import edit
+from .state import Edit, PerfusionState
+
+
+class PerfusionAttnProcessor:
+    """Cross-attention with the concepts of a `PerfusionState` edited into its keys and values.
+
+    It wraps the processor that was there and hands it the same layer with `to_k` and `to_v` edited, so that attention
+    itself is computed by whatever the user has chosen, and without an edit to the very same bits. The projections are
+    called as modules, never read as weights: a LoRA, quantisation or offloading in them is respected.
+
+    Args:
+        processor: the processor it wraps.
+        layer: name of the attention module in its model, the key of `PerfusionConcept.target_outputs`.
+        state: what to edit in.
+    """
+
+    def __init__(self, processor: Any, layer: str, state: PerfusionState):
+        self.processor = processor
+        self.layer = layer
+        self.state = state
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As any diffusers attention processor; further keyword arguments go to the wrapped one."""
+        arguments = (hidden_states, encoder_hidden_states, attention_mask, temb)
+        if self.state.edit is None or encoder_hidden_states is None:
+            return self.processor(attn, *arguments, **kwargs)
+        edited = _EditedAttention(attn, self.layer, self.state.edit)
+        output = self.processor(edited, *arguments, **kwargs)
+        if edited.unused:
+            raise RuntimeError(
+                f"{type(self.processor).__name__} on {self.layer} computes attention without calling "
+                f"{' and '.join(sorted(edited.unused))}, so concepts cannot be edited in; set another processor or "
+                "unfuse the projections (unfuse_qkv_projections)"
+            )
+        return output
+
+
+class _EditedAttention:
+    """Stands in for an `Attention` whose `to_k` and `to_v` give edited keys and values (paper Eq. 4)."""
+
+    def __init__(self, attn: Attention, layer: str, edit: Edit):
+        self._attn = attn
+        self._layer = layer
+        self._edit = edit
+        self.unused = {"to_k", "to_v"}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attn, name)
+
+    def to_k(self, encodings: Tensor, *args: Any) -> Tensor:
+        """Locked keys: `o*_K = W_K i_super`, or globally the keys of the super-category twin (paper Section 4)."""
+        self.unused.discard("to_k")
+        if self._edit.keys is not None:
+            return self._attn.to_k(self._edit.keys.to(encodings.dtype), *args)
+        inputs = torch.cat([self._edit.target_input, self._edit.superclass_input])
+        w_i, o = _linear(self._attn.to_k, inputs.to(encodings.dtype)).chunk(2)
+        return edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, o)
+
+    def to_v(self, encodings: Tensor, *args: Any) -> Tensor:
+        """Learned values `o*_V`."""
+        self.unused.discard("to_v")
+        w_i = _linear(self._attn.to_v, self._edit.target_input.to(encodings.dtype))
+        o = torch.stack([concept.target_outputs[self._layer] for concept in self._edit.concepts])
+        return edit(self._attn.to_v(encodings, *args), self._edit.coef, self._edit.gate, w_i, o)
+
+
+def _linear(projection: nn.Module, inputs: Tensor) -> Tensor:
+    """`W x` of a projection that may add a bias, without reading it: `(J, d)` to `(J, d_out)`."""
+    outputs = projection(torch.cat([inputs, torch.zeros_like(inputs[:1])]))
+    return outputs[:-1] - outputs[-1:]
+
+
+def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
+    """The cross-attention layers of a UNet by module name.
+
+    Raises:
+        ValueError: if it has none, as joint-attention models do.
+    """
+    names = [name.removesuffix(".processor") for name in getattr(unet, "attn_processors", {})]
+    layers = {name: unet.get_submodule(name) for name in names}
+    layers = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, Attention) and layer.is_cross_attention and layer.added_kv_proj_dim is None
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(unet).__name__} has no cross-attention layer from text; Perfusion edits the keys and values of "
+            "cross-attention, and cannot work on models that process text and picture in one joint attention"
+        )
+    return layers
+
+
+def check_concept_fits(concept: PerfusionConcept, unet: nn.Module) -> None:
+    """Raise ValueError unless a concept has one output of the right width for each cross-attention layer of a UNet."""
+    layers = cross_attention_layers(unet)
+    model = f"{type(unet).__name__} ({getattr(unet, 'name_or_path', '') or 'unnamed'})"
+    made_for = f"The concept was made for {concept.base_model or 'an unnamed model'}."
+    for name, layer in layers.items():
+        if layer.cross_attention_dim != concept.width:
+            raise ValueError(
+                f"the concept {concept.placeholder_token!r} edits text encodings of width {concept.width}, but {model} "
+                f"takes width {layer.cross_attention_dim}. {made_for}"
+            )
+        if name in concept.target_outputs and len(concept.target_outputs[name]) != layer.inner_kv_dim:
+            raise ValueError(
+                f"the concept {concept.placeholder_token!r} has an output of {len(concept.target_outputs[name])} "
+                f"numbers for {name}, but that layer of {model} has {layer.inner_kv_dim}. {made_for}"
+            )
+    missing = sorted(layers.keys() - concept.target_outputs.keys())
+    unexpected = sorted(concept.target_outputs.keys() - layers.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"the concept {concept.placeholder_token!r} does not have the cross-attention layers of {model}: "
+            f"{len(missing)} missing ({', '.join(missing[:2])}), {len(unexpected)} unknown "
+            f"({', '.join(unexpected[:2])}). {made_for}"
+        )
+
+
+def get_state(unet: nn.Module) -> PerfusionState | None:
+    """The state that hangs on a UNet, or None if there is none."""
+    return getattr(unet, "_perfusion", None)
+
+
+def attach(unet: nn.Module, state: PerfusionState) -> None:
+    """Hang a state on a UNet, and put a `PerfusionAttnProcessor` around every processor that has none.
+
+    Raises:
+        ValueError: if the UNet has no cross-attention from text.
+    """
+    layers = cross_attention_layers(unet)
+    if get_state(unet) is None:
+        unet._perfusion = state
+        unet._perfusion_hook = unet.register_forward_pre_hook(partial(_prepare, layers), with_kwargs=True)
+    for name, layer in layers.items():
+        if not isinstance(layer.processor, PerfusionAttnProcessor):
+            layer.set_processor(PerfusionAttnProcessor(layer.processor, name, state))
+
+
+def detach(unet: nn.Module) -> None:
+    """Give every layer back the very processor it had, and drop the state. Does nothing if there is none."""
+    if get_state(unet) is None:
+        return
+    for layer in cross_attention_layers(unet).values():
+        if isinstance(layer.processor, PerfusionAttnProcessor):
+            layer.set_processor(layer.processor.processor)
+    unet._perfusion_hook.remove()
+    del unet._perfusion, unet._perfusion_hook
+
+
+def replaced_layers(unet: nn.Module) -> dict[str, str]:
+    """Layers whose `PerfusionAttnProcessor` someone has replaced since `attach`, with what is there now."""
+    return _replaced(cross_attention_layers(unet))
+
+
+def _replaced(layers: dict[str, Attention]) -> dict[str, str]:
+    return {
+        name: type(layer.processor).__name__
+        for name, layer in layers.items()
+        if not isinstance(layer.processor, PerfusionAttnProcessor)
+    }
+
+
+def _prepare(layers: dict[str, Attention], unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the UNet: the edit for its text encoding, once for all layers and steps."""
+    state = unet._perfusion
+    encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+    if isinstance(encodings, tuple):  # text and image encodings, as IP-Adapter passes them
+        encodings = encodings[0]
+    if encodings is None:
+        state.refresh()
+        return
+    state.prepare(encodings)
+    if state.edit is not None and (replaced := _replaced(layers)):
+        name, processor = next(iter(replaced.items()))
+        raise RuntimeError(
+            f"the attention processors of {len(replaced)} layers were replaced after concepts were loaded ({name} has "
+            f"{processor}), so the concepts would be lost there; call enable_perfusion() to put them back, or "
+            "unload_perfusion() to do without"
+        )

@@ -1,0 +1,191 @@
+"""`C`, the uncentred second moment of text encodings, that Perfusion's metric is the inverse of.
+
+Every real token of a caption enters, BOS and EOS among them, and padding does not. Seen along 50 prompts on the pocket
+model (`examples/benchmarks/covariance_tokens.py` prints the table), the choice moves the gate little: BOS and padding
+stay shut in each case, since either set of tokens teaches the metric what they share. With padding in `C` the gate
+opens further on a token next to the concept, without BOS and EOS a few hundredths less far on the concept itself.
+"""
+
+import hashlib
+import itertools
+import os
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+from huggingface_hub.constants import HF_HOME
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .concept import write_atomically
+from .text import encode
+
+logger = logging.get_logger(__name__)
+
+BATCH_SIZE = 256
+
+# Fraction of the mean diagonal that is added to the diagonal before `C` is inverted. Without it the condition number
+# is 2e6 on the pocket model and the gate follows rounding errors; with 1e-3 it opens on neighbouring words.
+RIDGE = 1e-4
+
+_SUBJECTS = ["apple", "armchair", "baby", "backpack", "ball", "balloon", "banana", "barn", "bear", "bed", "bench", "bicycle", "bird", "boat", "book", "bottle", "bowl", "boy", "bread", "bridge", "bus", "butterfly", "cake", "camera", "candle", "car", "castle", "cat", "chair", "child", "church", "clock", "cloud", "coat", "couch", "cow", "crow", "cup", "deer", "desk", "dog", "doll", "door", "dragon", "dress", "drum", "duck", "elephant", "farmer", "fence", "ferry", "fish", "flower", "fork", "fox", "frog", "garden", "ghost", "giraffe", "girl", "glass", "goat", "guitar", "hat", "helicopter", "hill", "horse", "hotel", "house", "island", "jacket", "kettle", "key", "king", "kite", "kitten", "knight", "ladder", "lake", "lamp", "leaf", "lion", "lizard", "log", "man", "market", "mirror", "monkey", "motorcycle", "mountain", "mouse", "mug", "mushroom", "nurse", "orange", "owl", "palace", "panda", "parrot", "pencil", "penguin", "person", "phone", "piano", "pig", "pigeon", "pillow", "pizza", "plane", "plate", "player", "puppy", "queen", "rabbit", "radio", "river", "robot", "rocket", "rose", "sailor", "sandwich", "shark", "sheep", "ship", "shirt", "shoe", "snail", "snake", "snowman", "soldier", "sofa", "spoon", "squirrel", "statue", "street", "suitcase", "swan", "table", "tank", "teapot", "temple", "tent", "tiger", "tower", "toy", "tractor", "train", "tree", "truck", "turtle", "umbrella", "vase", "violin", "wall", "whale", "window", "wizard", "wolf", "woman", "zebra"]
+_QUALITIES = ["ancient", "big", "black", "blue", "bright", "broken", "brown", "calm", "clean", "colorful", "cute", "dark", "dirty", "elegant", "empty", "fluffy", "friendly", "furry", "giant", "glowing", "golden", "gray", "green", "happy", "heavy", "huge", "little", "long", "lonely", "metal", "modern", "narrow", "new", "old", "orange", "painted", "pink", "plastic", "pretty", "purple", "quiet", "red", "round", "rusty", "sad", "shiny", "short", "silver", "sleepy", "small", "soft", "striped", "tall", "tiny", "warm", "wet", "white", "wide", "wild", "wooden", "yellow", "young"]
+_ACTIONS = ["climbing", "dancing", "drinking", "eating", "falling", "floating", "flying", "hiding", "holding", "jumping", "lying", "looking", "playing", "reading", "resting", "riding", "running", "sitting", "sleeping", "smiling", "standing", "swimming", "walking", "wearing", "waiting"]
+_RELATIONS = ["above", "and", "behind", "below", "beside", "between", "in", "inside", "near", "next_to", "on", "on_top_of", "over", "under", "with"]
+_PLACES = ["at night", "at sunrise", "at sunset", "at the beach", "by the sea", "in a boat", "in a city", "in a field", "in a forest", "in a garden", "in a kitchen", "in a museum", "in a room", "in a swimming pool", "in autumn", "in front of a mountain", "in Paris", "in space", "in the desert", "in the jungle", "in the rain", "in the sky", "in the snow", "in winter", "on a bridge", "on a hill", "on a plate", "on a road", "on a sofa", "on a street", "on a table", "on a white background", "on Mars", "on the grass", "on the moon", "under water"]
+_STYLES = ["a photo of {}", "a picture of {}", "an image of {}", "a painting of {}", "a watercolor of {}", "a pencil drawing of {}", "a sketch of {}", "a sculpture of {}", "a cartoon of {}", "an oil painting of {}", "a black and white photo of {}", "a close-up of {}", "a render of {}", "a poster of {}", "pixel art of {}", "{}", "{}", "{}, highly detailed", "{}, digital art"]
+
+
+def generate_captions(count: int = 100_000, seed: int = 0) -> Iterator[str]:
+    """Captions of things with qualities, in places and styles, for when no real captions are at hand.
+
+    Args:
+        count: how many (the paper uses 100 000).
+        seed: the same seed gives the same captions.
+    """
+    pick = random.Random(seed).choice
+
+    def thing() -> str:
+        words = pick(([pick(_SUBJECTS)], [pick(_QUALITIES), pick(_SUBJECTS)]))
+        return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+    for _ in range(count):
+        scene = thing()
+        scene = pick((scene, f"{scene} {pick(_ACTIONS)}", f"{scene} {pick(_RELATIONS).replace('_', ' ')} {thing()}"))
+        yield pick(_STYLES).format(pick((scene, f"{scene} {pick(_PLACES)}", f"{scene} {pick(_PLACES)}")))
+
+
+def read_captions(path: str | os.PathLike) -> list[str]:
+    """The lines of a captions file that are not empty.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    captions = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"{path} holds no captions; expected one a line")
+    return captions
+
+
+@torch.no_grad()
+def second_moment(tokenizer: Any, text_encoder: nn.Module, captions: Iterable[str]) -> Tensor:
+    """`C` over all real tokens of some captions, `(d, d)` in float64.
+
+    Captions are streamed in batches and their products summed in float64.
+
+    Raises:
+        ValueError: if there are no captions, or an encoding is not finite.
+    """
+    total: Tensor | None = None
+    count = 0
+    captions = iter(captions)
+    with tqdm(desc="Covariance of text encodings", unit=" captions") as progress:
+        while batch := list(itertools.islice(captions, BATCH_SIZE)):
+            # To the longest of the batch only: the text encoder is causal, so padding cannot change what precedes it.
+            tokens = tokenizer(
+                batch, padding=True, max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            )
+            e = encode(text_encoder, tokens.input_ids)
+            e = e[tokens.attention_mask.bool().to(e.device)].double()
+            total = e.T @ e if total is None else total + e.T @ e
+            count += len(e)
+            progress.update(len(batch))
+    if total is None:
+        raise ValueError("there are no captions to compute the covariance from")
+    return check_covariance(total / count)
+
+
+def check_covariance(covariance: Tensor, width: int | None = None) -> Tensor:
+    """Return a covariance, or raise ValueError if it is not square, symmetric, finite, positive and of `width`."""
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or not covariance.is_floating_point():
+        raise ValueError(
+            f"the covariance is {covariance.dtype} of shape {tuple(covariance.shape)}; expected a square float matrix"
+        )
+    if width is not None and len(covariance) != width:
+        raise ValueError(f"the covariance is of width {len(covariance)}, but the text encoder has width {width}")
+    if not torch.isfinite(covariance).all():
+        raise ValueError("the covariance holds NaN or infinity")
+    diagonal = covariance.diagonal()
+    if (diagonal <= 0).any() or not torch.allclose(
+        covariance, covariance.T, rtol=1e-3, atol=1e-3 * float(diagonal.mean())
+    ):
+        raise ValueError("the covariance is not symmetric with a positive diagonal, so it is no second moment")
+    return covariance
+
+
+def invert(covariance: Tensor) -> Tensor:
+    """`C⁻¹` with a small ridge (`RIDGE`), `(d, d)` in float64."""
+    covariance = covariance.double()
+    ridge = RIDGE * covariance.diagonal().mean()
+    return torch.linalg.inv(
+        covariance + ridge * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+    )
+
+
+def load_covariance(path: str | os.PathLike) -> Tensor:
+    """Read a `C` that someone else computed, from a `.npy`, `.pt` or `.safetensors` file that holds one matrix.
+
+    A `.npy` is read without pickled objects and a `.pt` with `weights_only=True`, so no code in it can run.
+
+    Raises:
+        ValueError: if the file is of another kind or does not hold one matrix.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npy":
+            held: Any = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".pt":
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        elif path.suffix == ".safetensors":
+            held = load_file(path)
+        else:
+            raise ValueError(f"its suffix is {path.suffix!r}; expected .npy, .pt or .safetensors")
+        if isinstance(held, dict) and len(held) == 1:
+            held = next(iter(held.values()))
+        if not isinstance(held, Tensor):
+            raise ValueError("it does not hold one matrix")
+        return check_covariance(held.float())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each reader has errors of its own for a broken file
+        raise ValueError(f"{path} is not a covariance file: {error}") from error
+
+
+def cached_covariance(tokenizer: Any, text_encoder: nn.Module, captions: str | os.PathLike | None = None) -> Tensor:
+    """`C` of a text encoder over a captions file, computed once and kept under the Hugging Face cache, `(d, d)` float32.
+
+    The key is a hash of the text encoder's weights, of the tokenizer and of the captions.
+
+    Args:
+        tokenizer: of the model.
+        text_encoder: of the model.
+        captions: a file with one caption a line; by default captions are generated (`generate_captions`).
+    """
+    lines = list(generate_captions()) if captions is None else read_captions(captions)
+    key = hashlib.sha256(_fingerprint(tokenizer, text_encoder) + "\n".join(lines).encode()).hexdigest()[:32]
+    path = Path(HF_HOME) / "perfusion" / f"covariance-{key}.safetensors"
+    if path.is_file():
+        try:
+            return load_covariance(path)
+        except ValueError as error:
+            logger.warning(f"{error}. It is computed again.")
+    covariance = second_moment(tokenizer, text_encoder, lines).float().cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, serialize({"covariance": covariance}))
+    return covariance
+
+
+def _fingerprint(tokenizer: Any, text_encoder: nn.Module) -> bytes:
+    """Hash of what decides an encoding: the weights, the vocabulary, and how some text is split."""
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(repr(tokenizer("a photo of two Teddy bears, café")["input_ids"]).encode())
+    for name, tensor in sorted(text_encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()

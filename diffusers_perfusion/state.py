@@ -1,0 +1,219 @@
+"""`PerfusionState`: the concepts loaded on one UNet, and the edit that its layers read.
+
+It hangs on the UNet, because that is what pipelines share with each other and what outlives them.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from .concept import PerfusionConcept
+from .editing import ParallelConceptsError, gates
+from .text import ConceptWords
+
+logger = logging.get_logger(__name__)
+
+Locking = Literal["local", "global"]
+
+# A pipeline casts an encoding at most from and to these on its way to the UNet.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class LoadedConcept:
+    """A concept and the settings it is generated with.
+
+    Attributes:
+        concept: what was loaded.
+        bias: `β`, a 0-dim float32 tensor.
+        temperature: `τ`, a 0-dim float32 tensor.
+    """
+
+    concept: PerfusionConcept
+    bias: Tensor
+    temperature: Tensor
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known of an encoding: the concept words in its prompt, and its super-category twin `(length, d)`."""
+
+    words: tuple[str, ...]
+    twin: Tensor | None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What every layer needs to edit one batch of text encodings.
+
+    Attributes:
+        concepts: the `J` concepts in it.
+        target_input: `i_j`, `(J, d)`.
+        superclass_input: `i_super` of each concept, `(J, d)`.
+        coef: as `editing.gates`, `(batch, length, J)`; zero for a concept whose word is not in the row's prompt.
+        gate: likewise.
+        keys: encodings that feed every K projection instead, `(batch, length, d)`; None for local key-locking.
+    """
+
+    concepts: tuple[PerfusionConcept, ...]
+    target_input: Tensor
+    superclass_input: Tensor
+    coef: Tensor
+    gate: Tensor
+    keys: Tensor | None
+
+
+class PerfusionState:
+    """Which concepts a UNet has, which are active, and the edit for the text encoding it works on.
+
+    Args:
+        words: where the concepts' words are known; it reports the encodings that hold them.
+
+    Attributes:
+        words: as given.
+        loaded: concepts by name.
+        active: names of those that edit, in the order they were activated.
+        enabled: whether anything is edited at all.
+        edit: for the current text encoding; None if no row of it holds an active concept's word.
+    """
+
+    def __init__(self, words: ConceptWords) -> None:
+        self.words = words
+        words.on_encoding = self.mark
+        self.loaded: dict[str, LoadedConcept] = {}
+        self.active: list[str] = []
+        self.enabled = True
+        self.edit: Edit | None = None
+        self._marks: dict[bytes, Mark] = {}
+        self._source: tuple[weakref.ref[Tensor], int | None] | None = None
+        self._unseen: tuple[str, ...] = ()
+
+    @property
+    def locking(self) -> Locking:
+        """`local`, or `global`: the keys of the whole prompt from its super-category twin (paper Section 4)."""
+        return "global" if self.words.twins else "local"
+
+    @locking.setter
+    def locking(self, locking: Locking) -> None:
+        self.words.twins = locking == "global"
+
+    def refresh(self) -> None:
+        """Forget the current edit, because a setting it came from has changed."""
+        self.edit = None
+        self._source = None
+
+    def mark(self, encoding: Tensor, words: tuple[str, ...], twin: Tensor | None) -> None:
+        """Remember that a text encoding `(length, d)` is of a prompt with these concept words.
+
+        A pipeline repeats, concatenates and casts encodings before the UNet gets them, and a user may keep them for
+        another call, so they are known again by their content.
+        """
+        mark = Mark(words, twin)
+        for dtype in _DTYPES:
+            self._marks[_digest(encoding.to(dtype))] = mark
+        self._unseen = words
+
+    def prepare(self, encodings: Tensor, words: Sequence[tuple[str, ...]] | None = None) -> None:
+        """Make the edit for a batch of text encodings, unless it is the batch of the current edit.
+
+        Args:
+            encodings: `(batch, length, d)`.
+            words: the concept words in each row's prompt, where the caller knows; otherwise they are looked up among
+                the encodings that were marked.
+
+        Raises:
+            ValueError: if concepts in one prompt are nearly parallel, or a prompt has no twin for global key-locking.
+        """
+        version = None if encodings.is_inference() else encodings._version
+        if self._source is not None and self._source[0]() is encodings and self._source[1] == version:
+            return
+        self.refresh()
+        if self.enabled and self.active:
+            marks = (
+                [self._marks.get(_digest(row)) for row in encodings]
+                if words is None
+                else [Mark(row, None) for row in words]
+            )
+            self.edit = self._make_edit(encodings, marks)
+        self._source = (weakref.ref(encodings), version)
+
+    def _make_edit(self, encodings: Tensor, marks: Sequence[Mark | None]) -> Edit | None:
+        by_word = {self.loaded[name].concept.placeholder_token: name for name in self.active}
+        rows_of: dict[tuple[str, ...], list[int]] = {}
+        for row, mark in enumerate(marks):
+            if names := tuple(by_word[word] for word in mark.words if word in by_word) if mark else ():
+                rows_of.setdefault(names, []).append(row)
+        if not rows_of:
+            self._warn_unseen()
+            return None
+        self._unseen = ()
+        order = sorted({name for names in rows_of for name in names}, key=self.active.index)
+        entries = [self.loaded[name] for name in order]
+        for entry in entries:
+            if entry.concept.target_input.device != encodings.device:
+                entry.concept = entry.concept.to(encodings.device)
+        target_input = torch.stack([entry.concept.target_input.float() for entry in entries])
+        inverse = torch.stack([entry.concept.inverse_target_input.float() for entry in entries])
+        bias = torch.stack([entry.bias for entry in entries]).to(encodings.device)
+        temperature = torch.stack([entry.temperature for entry in entries]).to(encodings.device)
+
+        coef = torch.zeros((*encodings.shape[:2], len(order)), device=encodings.device)
+        gate = torch.zeros_like(coef)
+        for names, rows in rows_of.items():
+            j = torch.tensor([order.index(name) for name in names], device=encodings.device)
+            try:
+                row_coef, row_gate = gates(encodings[rows], target_input[j], inverse[j], bias[j], temperature[j])
+            except ParallelConceptsError as error:
+                first, second = (names[k] for k in error.pair)
+                raise ValueError(
+                    f"the concepts {first!r} and {second!r} have nearly parallel target inputs (cosine "
+                    f"{error.cosine:.4f}), so they cannot be told apart in one prompt; use one of them, or fit one "
+                    "anew with another super-category"
+                ) from error
+            index = torch.meshgrid(
+                torch.tensor(rows, device=encodings.device),
+                torch.arange(encodings.shape[1], device=encodings.device),
+                j,
+                indexing="ij",
+            )
+            coef[index], gate[index] = row_coef, row_gate
+        return Edit(
+            concepts=tuple(entry.concept for entry in entries),
+            target_input=target_input,
+            superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
+            coef=coef,
+            gate=gate,
+            keys=self._twins(encodings, marks, rows_of) if self.locking == "global" else None,
+        )
+
+    def _twins(self, encodings: Tensor, marks: Sequence[Mark | None], rows_of: dict[tuple[str, ...], list[int]]):
+        keys = encodings.clone()
+        for row in (row for rows in rows_of.values() for row in rows):
+            mark = marks[row]
+            if mark is None or mark.twin is None:
+                raise ValueError(
+                    "global key-locking needs the prompt's super-category twin, which is encoded with the prompt; "
+                    "encode the prompt after set_perfusion(locking='global')"
+                )
+            keys[row] = mark.twin.to(keys)
+        return keys
+
+    def _warn_unseen(self) -> None:
+        if self._unseen:
+            logger.warning(
+                f"A prompt with {', '.join(self._unseen)} was encoded, but its encoding has not reached the UNet as it "
+                "was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised."
+            )
+            self._unseen = ()
+
+
+def _digest(encoding: Tensor) -> bytes:
+    """Content of an encoding, with its dtype, in 16 bytes."""
+    data = encoding.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(data, digest_size=16, salt=str(encoding.dtype)[6:22].encode()).digest()

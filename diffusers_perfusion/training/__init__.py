@@ -1,0 +1,6 @@
+"""Fitting a concept: a library without a command line, which `perfusion fit` and `examples/train_perfusion.py` drive."""
+
+from .config import FitConfig
+from .fit import fit, make_accelerator
+
+__all__ = ["FitConfig", "fit", "make_accelerator"]

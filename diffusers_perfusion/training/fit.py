@@ -1,0 +1,177 @@
+"""`fit`: from a folder of pictures to a concept file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..attention import cross_attention_layers
+from ..concept import WEIGHT_NAME, PerfusionConcept
+from ..covariance import cached_covariance, check_covariance, invert, load_covariance
+from ..loaders import add_perfusion
+from ..masks import subject_masks
+from ..pictures import read_pictures, to_tensor
+from ..text import ConceptWords, superclass_ids
+from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .config import FitConfig
+from .data import make_subject
+from .learner import NAME, Learner
+from .validation import validate
+
+logger = logging.get_logger(__name__)
+
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(config: FitConfig) -> Accelerator:
+    """The accelerator that a config asks for."""
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=str(Path(config.output_dir) / config.logging_dir),
+    )
+
+
+def fit(
+    pipeline: StableDiffusionPipeline, config: FitConfig, accelerator: Accelerator | None = None
+) -> PerfusionConcept:
+    """Fit a concept to a folder of pictures, and write `perfusion.safetensors` into the output folder.
+
+    The pipeline's models are frozen, moved to the accelerator's device and, but for the UNet under mixed precision,
+    cast to float32. When the fit is over, the pipeline has no concept loaded.
+
+    Args:
+        pipeline: of the base model.
+        config: all settings.
+        accelerator: processes, device, precision and trackers; by default as `make_accelerator`.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint to resume from.
+        ValueError: if the words, the pictures, the model or the checkpoint cannot be used; before any long work.
+        RuntimeError: if the gradients of the first step are all zero or not finite.
+        KeyboardInterrupt: passed on, after a line that says which checkpoint the fit can go on from.
+    """
+    accelerator = accelerator or make_accelerator(config)
+    add_perfusion(pipeline)
+    factor = pipeline.vae_scale_factor
+    resolution = config.resolution or pipeline.unet.config.sample_size * factor
+    if resolution % factor:
+        raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
+    cross_attention_layers(pipeline.unet)
+    ConceptWords(pipeline.tokenizer, pipeline.text_encoder).check_new(config.placeholder_token)
+    superclass_ids(pipeline.tokenizer, config.superclass)
+    pictures = read_pictures(
+        config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, smallest=factor
+    )
+    start, state = 0, None
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        start, state = load_checkpoint(checkpoint, config.recipe())
+
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        # The text encoder stays in float32 under mixed precision, for the metric lives on its last digits.
+        _move(model, accelerator.device, torch.float32)
+        model.requires_grad_(False).eval()
+    masks, mask_source = subject_masks(
+        config.mask, pictures, config.instance_data_dir, config.superclass, pipeline, config.seed
+    )
+    subject = make_subject(pipeline.vae, to_tensor([picture.image for picture in pictures]), masks, config.random_flip)
+    with accelerator.local_main_process_first():
+        c_inv = invert(_covariance(pipeline, config)).to(accelerator.device)
+    _move(pipeline.unet, accelerator.device, _PRECISIONS.get(accelerator.mixed_precision, torch.float32))
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    facts = {"pictures": len(pictures), "mask": mask_source, "resolution": resolution}
+    try:
+        learner = Learner(pipeline, config, accelerator, subject, c_inv)
+        if state is not None:
+            learner.load_state_dict(state)
+        return _run(learner, start, facts)
+    finally:
+        pipeline.unload_perfusion()
+        pipeline.unet.disable_gradient_checkpointing()
+
+
+def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move and cast a model; not cast where there is nothing to cast, since diffusers warns of each cast."""
+    if next(model.parameters()).dtype != dtype:
+        model.to(dtype)
+    model.to(device)
+
+
+def _covariance(pipeline: Any, config: FitConfig) -> Tensor:
+    """`C` from where the config says, or from captions that lie with the base model, or from generated ones."""
+    source = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
+    if config.covariance and not source.is_file():
+        raise ValueError(f"{source} is not a file; expected captions, or a .npy, .pt or .safetensors matrix, for C")
+    if source.suffix in (".npy", ".pt", ".safetensors"):
+        return check_covariance(load_covariance(source), pipeline.unet.config.cross_attention_dim)
+    return cached_covariance(pipeline.tokenizer, pipeline.text_encoder, source if source.is_file() else None)
+
+
+def _run(learner: Learner, start: int, facts: dict[str, Any]) -> PerfusionConcept:
+    """The steps, with what happens between them."""
+    config, accelerator = learner.config, learner.accelerator
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    if config.report_to:
+        accelerator.init_trackers("perfusion", {k: str(v) for k, v in config.recipe().items()})
+    step = start
+    progress = tqdm(
+        total=config.max_train_steps, initial=start, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    try:
+        while step < config.max_train_steps:
+            loss = learner.step(step)
+            step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}")
+            accelerator.log({"loss": loss}, step=step)
+            if not accelerator.is_main_process:
+                continue
+            if step % config.checkpointing_steps == 0:
+                concept = learner.result(**_how(config, step, facts))
+                save_checkpoint(
+                    output_dir, step, learner.state_dict(), config.recipe(), concept, config.checkpoints_total_limit
+                )
+            if config.validation_prompt and step % config.validation_steps == 0:
+                validate(learner.pipeline, NAME, config, accelerator, step)
+    except KeyboardInterrupt:
+        last = list_checkpoints(output_dir)[-1:]
+        logger.warning(
+            f"The fit was stopped at step {step}. "
+            + (f"Go on from {last[0]} with --resume_from_checkpoint latest." if last else "It has no checkpoint yet.")
+        )
+        raise
+    finally:
+        progress.close()
+    concept = learner.result(**_how(config, step, facts))
+    if accelerator.is_main_process:
+        concept.save(output_dir / WEIGHT_NAME)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return concept
+
+
+def _how(config: FitConfig, step: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """How a concept was fitted, for its file: nothing of the machine it was done on."""
+    settings = (
+        "seed",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "value_learning_rate",
+        "embedding_learning_rate",
+        "lr_scheduler",
+        "train_bias",
+        "train_temperature",
+        "snr_gamma",
+        "random_flip",
+    )
+    return {"steps": step} | facts | {name: getattr(config, name) for name in settings}

@@ -1,0 +1,236 @@
+"""`Learner`: a concept that learns, and what one step of learning is."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from ..attention import cross_attention_layers, get_state
+from ..concept import PerfusionConcept
+from ..text import TEMPLATES, encode, initial_word_embedding, superclass_input, tokenize
+from .config import FitConfig
+from .data import Subject
+from .loss import masked_loss, prediction_target, snr_weights
+
+EMA_DECAY = 0.99
+NAME = "concept"
+
+
+class Learner:
+    """A concept on a pipeline, of which only `v*` and the `o*_V` have gradients (paper Section 4).
+
+    Everything random in a step comes from the seed and the step's number, for the batch of all processes at once: a
+    fit can go on anywhere, and two processes see what one with twice the batch sees.
+
+    Args:
+        pipeline: of the base model, frozen and on the accelerator's device; the concept is loaded on it.
+        config: settings.
+        accelerator: processes, device and precision.
+        subject: what it learns from.
+        c_inv: `C⁻¹`, `(d, d)` in float64.
+
+    Attributes:
+        concept: as it stands; its tensors are the parameters.
+    """
+
+    def __init__(self, pipeline: Any, config: FitConfig, accelerator: Accelerator, subject: Subject, c_inv: Tensor):
+        self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
+        self.subject, self.c_inv = subject, c_inv
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.concept = self._start()
+        words = self._state.words
+        self.prompt_ids = tokenize(
+            pipeline.tokenizer, [template.format(config.placeholder_token) for template in TEMPLATES]
+        ).to(accelerator.device)
+        self.word_at = words.positions(self.prompt_ids, config.placeholder_token)
+
+        outputs = self.concept.target_outputs
+        self.parameters = {"word_embedding": self.concept.word_embedding} | {
+            f"target_outputs.{layer}": output for layer, output in outputs.items()
+        }
+        self._rates = [config.value_learning_rate, config.embedding_learning_rate]
+        if config.scale_lr:
+            self._rates = [rate * self._batch_of_all for rate in self._rates]
+        groups = [list(outputs.values()), [self.concept.word_embedding]]
+        adam = torch.optim.Adam([{"params": params} for params in groups])
+        # Only its function of the step is used, so there is no state of it to resume.
+        self._schedule = get_scheduler(
+            config.lr_scheduler,
+            torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]),
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        ).lr_lambdas[0]
+        self.optimizer = accelerator.prepare(adam)
+        self._checked = False
+
+    @property
+    def _state(self) -> Any:
+        return get_state(self.pipeline.unet)
+
+    @property
+    def _batch_of_all(self) -> int:
+        """Pictures in one optimizer step."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _start(self) -> PerfusionConcept:
+        """`v*` at the super-category's embedding, `i*` at its encoding and `o*_V` at its values; loaded and active."""
+        pipeline, config = self.pipeline, self.config
+        i_super = superclass_input(pipeline.tokenizer, pipeline.text_encoder, config.superclass)
+        embedding = initial_word_embedding(pipeline.tokenizer, pipeline.text_encoder, config.superclass)
+        with torch.no_grad():
+            inputs = i_super.to(pipeline.unet.dtype)
+            outputs = {
+                name: layer.to_v(inputs).float() for name, layer in cross_attention_layers(pipeline.unet).items()
+            }
+        pipeline.load_perfusion(
+            PerfusionConcept(
+                placeholder_token=config.placeholder_token,
+                superclass=config.superclass,
+                word_embedding=nn.Parameter(embedding),
+                target_input=i_super,
+                inverse_target_input=self._inverse(i_super),
+                superclass_input=i_super,
+                target_outputs={layer: nn.Parameter(output) for layer, output in outputs.items()},
+            ),
+            concept_name=NAME,
+        )
+        pipeline.set_perfusion(NAME, bias=config.train_bias, temperature=config.train_temperature)
+        return self._state.loaded[NAME].concept
+
+    def _inverse(self, target_input: Tensor) -> Tensor:
+        return (self.c_inv @ target_input.double()).float()
+
+    def step(self, index: int) -> float:
+        """One optimizer step, and its mean loss over all processes.
+
+        Args:
+            index: number of the step, from 0.
+
+        Raises:
+            RuntimeError: if the gradients of the first step are all zero or not finite, or a loss is not finite.
+        """
+        config, accelerator = self.config, self.accelerator
+        drawn = self._draw(index)
+        loss, encoding = torch.zeros((), device=accelerator.device), torch.zeros_like(self.concept.target_input)
+        for micro in range(config.gradient_accumulation_steps):
+            first = (micro * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
+            part = slice(first, first + config.train_batch_size)
+            part_loss, part_encoding = self._forward(*(values[part].to(accelerator.device) for values in drawn))
+            accelerator.backward(part_loss / config.gradient_accumulation_steps)
+            loss += part_loss.detach() / config.gradient_accumulation_steps
+            encoding += part_encoding / config.gradient_accumulation_steps
+        self._share_gradients()
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._schedule(index + 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        # i* ← 0.99 i* + 0.01 · mean encoding at the concept's word (paper Section 4), once a step and out of the graph.
+        encoding = accelerator.reduce(encoding, "mean")
+        self.concept.target_input = EMA_DECAY * self.concept.target_input + (1 - EMA_DECAY) * encoding
+        self.concept.inverse_target_input = self._inverse(self.concept.target_input)
+        mean = float(accelerator.reduce(loss, "mean"))
+        if not torch.isfinite(torch.tensor(mean)):
+            raise RuntimeError(f"the loss of step {index + 1} is {mean}; lower the learning rates")
+        return mean
+
+    def _draw(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pictures, prompts, timesteps and noise of one step, for all processes."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
+        count, latents = self._batch_of_all, self.subject.latents
+        return (
+            torch.randint(len(latents), (count,), generator=generator),
+            torch.randint(len(TEMPLATES), (count,), generator=generator),
+            torch.randint(self.scheduler.config.num_train_timesteps, (count,), generator=generator),
+            torch.randn((count, *latents.shape[1:]), generator=generator),
+        )
+
+    def _forward(self, pictures: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of a batch, and the mean encoding at the concept's word, `(d,)`, out of the graph."""
+        unet = self.pipeline.unet
+        encodings = encode(self.pipeline.text_encoder, self.prompt_ids)[prompts]
+        at_word = encodings[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
+        encodings = encodings.to(unet.dtype)
+        self._state.prepare(encodings, [(self.config.placeholder_token,)] * len(prompts))
+        latents = self.subject.latents[pictures]
+        noisy = self.scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
+        with self.accelerator.autocast():
+            prediction = unet(noisy, timesteps, encoder_hidden_states=encodings).sample
+        target = prediction_target(self.scheduler, latents, noise, timesteps)
+        weights = snr_weights(self.scheduler, timesteps, self.config.snr_gamma)
+        return masked_loss(prediction, target, self.subject.masks[pictures], weights), at_word
+
+    def _share_gradients(self) -> None:
+        """Average gradients over processes, and see at the first step that there are any."""
+        parameters = list(self.parameters.values())
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = self.accelerator.reduce(torch.cat(gradients), "mean")
+        for parameter, gradient in zip(parameters, flat.split([len(p) for p in parameters]), strict=True):
+            parameter.grad = gradient
+        if not self._checked:
+            # A gradient scaler finds its scale by overflowing at first; without one, infinity is an error.
+            finite = self.accelerator.scaler is not None or bool(torch.isfinite(flat).all())
+            if not finite or not flat.any():
+                raise RuntimeError(
+                    f"the gradients of the first step are {'all zero' if finite else 'not finite'}, so nothing can be "
+                    "learned; some compiled or low-precision models do this, so try mixed_precision 'no' without "
+                    "torch.compile"
+                )
+            self._checked = True
+
+    def result(self, **training: Any) -> PerfusionConcept:
+        """A copy of the concept as it stands, to generate with.
+
+        Args:
+            training: how it was fitted.
+        """
+        concept = self.concept.to("cpu", copy=True)
+        return replace(
+            concept,
+            word_embedding=concept.word_embedding.detach(),
+            target_outputs={layer: output.detach() for layer, output in concept.target_outputs.items()},
+            base_model=self.config.base_model,
+            training=training,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that a fit goes on from."""
+        state = {"target_input": self.concept.target_input}
+        for name, parameter in self.parameters.items():
+            state[name] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"adam.{key}.{name}"] = value
+        if self.accelerator.scaler is not None:
+            scaler = self.accelerator.scaler.state_dict()
+            state |= {f"scaler.{key}": torch.tensor(scaler[key], dtype=torch.float64) for key in sorted(scaler)}
+        return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of another concept.
+        """
+        state = dict(state)
+        try:
+            self.concept.target_input.copy_(state.pop("target_input"))
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.pop(name))
+                self.optimizer.state[parameter] = {
+                    key: state.pop(f"adam.{key}.{name}").to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+            if self.accelerator.scaler is not None:
+                scaler = self.accelerator.scaler.state_dict()
+                kinds = {key: type(value) for key, value in scaler.items()}
+                self.accelerator.scaler.load_state_dict(
+                    {key: kind(state.pop(f"scaler.{key}").item()) for key, kind in kinds.items()}
+                )
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint is of another concept or model: {error}") from error
+        self.concept.inverse_target_input = self._inverse(self.concept.target_input)

@@ -1,0 +1,52 @@
+"""Validation pictures, from the pipeline that is in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from .config import FitConfig
+
+INFERENCE_STEPS = 25
+
+
+@torch.no_grad()
+def validate(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerator, step: int) -> Path:
+    """Draw the validation prompts with the concept as it stands: a row a prompt, on a PNG sheet and to the trackers.
+
+    Args:
+        pipeline: with the concept loaded.
+        name: of the concept.
+        config: prompts, number of pictures, seed and output folder.
+        accelerator: its trackers that take pictures get them.
+        step: optimizer steps done.
+
+    Returns:
+        The sheet's path, `<output_dir>/validation/step-<step>.png`.
+    """
+    rows = []
+    with pipeline.set_perfusion(name), accelerator.autocast():
+        for prompt in config.validation_prompt:
+            pictures = pipeline(
+                prompt,
+                num_inference_steps=INFERENCE_STEPS,
+                num_images_per_prompt=config.num_validation_images,
+                generator=torch.Generator(accelerator.device).manual_seed(config.seed),
+            ).images
+            rows.append(pictures)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            for prompt, pictures in zip(config.validation_prompt, rows, strict=True):
+                tracker.log_images({prompt: np.stack([np.asarray(picture) for picture in pictures])}, step=step)
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * config.num_validation_images, height * len(rows)))
+    for y, pictures in enumerate(rows):
+        for x, picture in enumerate(pictures):
+            sheet.paste(picture, (x * width, y * height))
+    path = Path(config.output_dir) / "validation" / f"step-{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path

@@ -1,0 +1,98 @@
+"""Draw a contact sheet of a concept: its pictures, the bare super-category, and the concept in eight prompts.
+
+    python examples/contact_sheet.py --pretrained_model_name_or_path examples/pocket \
+        --concept my-bear --instance_data_dir examples/data/teddy_bear --output my-bear/sheet.png
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusers_perfusion import PerfusionPipeline
+from diffusers_perfusion.concept import PerfusionConcept
+from diffusers_perfusion.hub import find_concept_file
+from diffusers_perfusion.pictures import read_pictures
+
+PROMPTS = (
+    "a {} on the beach",
+    "a {} in space",
+    "a {} under water",
+    "a {} wearing a top hat in the city",
+    "a blue {} in the desert",
+    "a {} and a cat in the snow",
+    "a {} on top of a car in a meadow",
+    "a black and white photo of a {} at night",
+)
+SIDE = 128
+GAP = 4
+LABEL = 200
+CAPTION = 16
+
+
+def draw(pipeline, prompts, arguments):
+    """One picture a prompt, each from the same noise whatever else is in the batch."""
+    return pipeline(
+        prompts,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        generator=[torch.Generator().manual_seed(arguments.seed + row) for row in range(len(prompts))],
+    ).images
+
+
+def sheet(rows, captions):
+    """Rows of pictures with a label at the left of each, and captions under the last columns."""
+    columns = max(len(pictures) for _, pictures in rows)
+    step = SIDE + GAP
+    image = Image.new("RGB", (LABEL + columns * step + GAP, len(rows) * step + 2 * CAPTION + GAP), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for y, (label, pictures) in enumerate(rows):
+        pen.multiline_text((GAP, y * step + SIDE // 2 - 14), label, fill="black", font=font)
+        for x, picture in enumerate(pictures):
+            tile = picture.resize(
+                (SIDE, SIDE), Image.Resampling.NEAREST if picture.width < SIDE else Image.Resampling.LANCZOS
+            )
+            image.paste(tile, (LABEL + x * step, y * step + GAP))
+    for x, caption in enumerate(captions):
+        words = caption.split()
+        lines = "\n".join(" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
+        pen.multiline_text(
+            (LABEL + x * step, len(rows) * step + 2), lines, fill="black", font=ImageFont.load_default(11)
+        )
+    return image
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser.add_argument("--concept", required=True, help="Hub id, folder or file of the concept.")
+    parser.add_argument("--instance_data_dir", required=True, help="The pictures it was fitted to.")
+    parser.add_argument("--output", type=Path, default=Path("sheet.png"))
+    parser.add_argument("--bias", type=float, nargs="+", default=(0.5, 0.7, 0.9), help="A row of pictures for each.")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    logging.set_verbosity_error()
+    pipeline = PerfusionPipeline.from_pretrained(arguments.pretrained_model_name_or_path, safety_checker=None)
+    pipeline.to("cuda", torch.float16) if torch.cuda.is_available() else pipeline.to("cpu", torch.float32)
+    concept = PerfusionConcept.load(find_concept_file(arguments.concept))
+    pictures = [picture.image for picture in read_pictures(arguments.instance_data_dir, SIDE)]
+    rows = [("its pictures", pictures)]
+    plain = [prompt.format(concept.superclass) for prompt in PROMPTS]
+    rows.append((f"the base model:\n{concept.superclass}", draw(pipeline, plain, arguments)))
+    pipeline.load_perfusion(concept)
+    prompts = [prompt.format(concept.placeholder_token) for prompt in PROMPTS]
+    for bias in arguments.bias:
+        pipeline.set_perfusion(bias=bias)
+        rows.append((f"{concept.placeholder_token}\nbias {bias}", draw(pipeline, prompts, arguments)))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(rows, [prompt.format("…") for prompt in PROMPTS]).save(arguments.output)
+    print(f"{arguments.output} ({arguments.output.stat().st_size:,} bytes)")
+
+
+if __name__ == "__main__":
+    main()

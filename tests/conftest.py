@@ -1,0 +1,195 @@
+"""Tiny real models, built here and never downloaded."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_perfusion import PerfusionConcept, PerfusionPipeline
+from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.text import superclass_input
+
+WIDTH = 32
+LENGTH = 24
+WORDS = (
+    "a",
+    "an",
+    "photo",
+    "picture",
+    "image",
+    "good",
+    "the",
+    "of",
+    "on",
+    "in",
+    "cat",
+    "teddy",
+    "bear",
+    "dog",
+    "beach",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A CLIP tokenizer whose vocabulary is every byte and a few whole words."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    # The byte alphabet of byte-level BPE: printable bytes are themselves, the others follow from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols)]
+    merges = []
+    for word in WORDS:
+        left = word[0]
+        for i, letter in enumerate(word[1:], start=1):
+            right = letter + ("</w>" if i == len(word) - 1 else "")
+            if (left, right) not in merges:
+                merges.append((left, right))
+                vocabulary.append(left + right)
+            left += letter
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "pad_token": "<|endoftext|>"})
+    )
+    return folder
+
+
+def make_unet(seed=0, cross_attention_dim=WIDTH, channels=(16, 32)):
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+
+
+def make_vae(kind=AutoencoderTiny, seed=0):
+    torch.manual_seed(seed)
+    if kind is AutoencoderTiny:
+        return AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).eval()
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+
+
+@pytest.fixture
+def components(tokenizer_folder):
+    """Parts of a Stable Diffusion pipeline: 16×16 pictures, 8×8 latents, text of width 32 and length 24."""
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+    # Initial weights are so small that every token is encoded alike.
+    text_encoder.get_input_embeddings().weight.data *= 30
+    return {
+        "vae": make_vae(),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "unet": make_unet(),
+        "scheduler": DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+@pytest.fixture
+def pipeline(components):
+    """A tiny `PerfusionPipeline`."""
+    pipeline = PerfusionPipeline(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def plain_pipeline(components):
+    """The same as an ordinary diffusers pipeline, from the same components."""
+    pipeline = StableDiffusionPipeline(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def make_concept(pipeline):
+    """Make a concept for `pipeline` with random numbers, so that it has an effect and two seeds differ."""
+
+    def make(word="<my-cat>", superclass="cat", seed=0, **fields):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        i_super = superclass_input(pipeline.tokenizer, pipeline.text_encoder, superclass)
+        i_star = i_super + 0.3 * random(WIDTH)
+        return PerfusionConcept(
+            **{
+                "placeholder_token": word,
+                "superclass": superclass,
+                "word_embedding": random(WIDTH),
+                "target_input": i_star,
+                "inverse_target_input": i_star + 0.3 * random(WIDTH),
+                "superclass_input": i_super,
+                "target_outputs": {
+                    name: random(layer.inner_kv_dim) for name, layer in cross_attention_layers(pipeline.unet).items()
+                },
+                "base_model": "tiny",
+                **fields,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def generate(pipeline):
+    """Draw prompts with `pipeline` (or another) in three steps of fixed noise: `(N, 3, 16, 16)`."""
+
+    def run(prompts, pipe=None, **arguments):
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return (pipe or pipeline)(
+            **{
+                "prompt": prompts,
+                "num_inference_steps": 3,
+                "guidance_scale": 4.0,
+                "generator": [torch.Generator().manual_seed(7) for _ in prompts],
+                "output_type": "pt",
+                **arguments,
+            }
+        ).images
+
+    return run

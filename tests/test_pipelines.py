@@ -1,0 +1,35 @@
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffusers_perfusion import PerfusionPipeline, add_perfusion
+
+
+def test_a_concept_changes_only_the_prompts_that_hold_its_word(pipeline, make_concept, generate):
+    prompts = ["a cat on the beach", "a <my-cat> on the beach"]
+    before = generate(prompts)
+    pipeline.load_perfusion(make_concept())
+    after = generate(prompts)
+    assert torch.equal(after[0], before[0])
+    assert not torch.allclose(after[1], before[1], atol=1e-2)
+
+
+def test_pipeline_from_an_ordinary_one_and_back(pipeline, plain_pipeline, make_concept, generate):
+    made = PerfusionPipeline.from_pipe(plain_pipeline, vae=plain_pipeline.vae)
+    made.set_progress_bar_config(disable=True)
+    made.load_perfusion(make_concept())
+    back = StableDiffusionPipeline.from_pipe(made, vae=made.vae)
+    back.set_progress_bar_config(disable=True)
+    assert torch.equal(generate("a <my-cat>", made), generate("a <my-cat>", back))
+    assert not torch.equal(generate("a <my-cat>", made), generate("a cat", made))
+
+
+def test_add_perfusion_keeps_the_pipeline_what_it_was(plain_pipeline, make_concept, generate):
+    before = generate("a <my-cat>", plain_pipeline)
+    assert add_perfusion(plain_pipeline) is plain_pipeline
+    assert add_perfusion(plain_pipeline) is plain_pipeline
+    assert isinstance(plain_pipeline, StableDiffusionPipeline)
+    assert type(plain_pipeline).__name__ == "StableDiffusionPipeline"
+    plain_pipeline.load_perfusion(make_concept())
+    assert not torch.equal(generate("a <my-cat>", plain_pipeline), before)
+    plain_pipeline.unload_perfusion()
+    assert torch.equal(generate("a <my-cat>", plain_pipeline), before)
