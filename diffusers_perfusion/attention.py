@@ -89,19 +89,18 @@ def _linear(projection: nn.Module, inputs: Tensor) -> Tensor:
     return outputs[:-1] - outputs[-1:]
 
 
-def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
+def cross_attention_layers(unet: Any) -> dict[str, Attention]:
     """The cross-attention layers of a UNet by module name.
 
     Raises:
         ValueError: if it has none, as joint-attention models do.
     """
-    names = [name.removesuffix(".processor") for name in getattr(unet, "attn_processors", {})]
-    layers = {name: unet.get_submodule(name) for name in names}
-    layers = {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer, Attention) and layer.is_cross_attention and layer.added_kv_proj_dim is None
-    }
+    layers = {}
+    for key in getattr(unet, "attn_processors", {}):
+        name = key.removesuffix(".processor")
+        layer = unet.get_submodule(name)
+        if isinstance(layer, Attention) and layer.is_cross_attention and layer.added_kv_proj_dim is None:
+            layers[name] = layer
     if not layers:
         raise ValueError(
             f"{type(unet).__name__} has no cross-attention layer from text; Perfusion edits the keys and values of "
@@ -110,7 +109,7 @@ def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
     return layers
 
 
-def check_concept_fits(concept: PerfusionConcept, unet: nn.Module) -> None:
+def check_concept_fits(concept: PerfusionConcept, unet: Any) -> None:
     """Raise ValueError unless a concept has one output of the right width for each cross-attention layer of a UNet."""
     layers = cross_attention_layers(unet)
     model = f"{type(unet).__name__} ({getattr(unet, 'name_or_path', '') or 'unnamed'})"
@@ -118,8 +117,8 @@ def check_concept_fits(concept: PerfusionConcept, unet: nn.Module) -> None:
     for name, layer in layers.items():
         if layer.cross_attention_dim != concept.width:
             raise ValueError(
-                f"the concept {concept.placeholder_token!r} edits text encodings of width {concept.width}, but {model} "
-                f"takes width {layer.cross_attention_dim}. {made_for}"
+                f"the concept {concept.placeholder_token!r} edits text encodings of width {concept.width}, but "
+                f"{model} takes width {layer.cross_attention_dim}. {made_for}"
             )
         if name in concept.target_outputs and len(concept.target_outputs[name]) != layer.inner_kv_dim:
             raise ValueError(
@@ -136,12 +135,12 @@ def check_concept_fits(concept: PerfusionConcept, unet: nn.Module) -> None:
         )
 
 
-def get_state(unet: nn.Module) -> PerfusionState | None:
+def get_state(unet: Any) -> PerfusionState | None:
     """The state that hangs on a UNet, or None if there is none."""
     return getattr(unet, "_perfusion", None)
 
 
-def attach(unet: nn.Module, state: PerfusionState) -> None:
+def attach(unet: Any, state: PerfusionState) -> None:
     """Hang a state on a UNet, and put a `PerfusionAttnProcessor` around every processor that has none.
 
     Raises:
@@ -153,10 +152,10 @@ def attach(unet: nn.Module, state: PerfusionState) -> None:
         unet._perfusion_hook = unet.register_forward_pre_hook(partial(_prepare, layers), with_kwargs=True)
     for name, layer in layers.items():
         if not isinstance(layer.processor, PerfusionAttnProcessor):
-            layer.set_processor(PerfusionAttnProcessor(layer.processor, name, state))
+            layer.set_processor(PerfusionAttnProcessor(layer.processor, name, state))  # type: ignore[arg-type]
 
 
-def detach(unet: nn.Module) -> None:
+def detach(unet: Any) -> None:
     """Give every layer back the very processor it had, and drop the state. Does nothing if there is none."""
     if get_state(unet) is None:
         return
@@ -167,7 +166,7 @@ def detach(unet: nn.Module) -> None:
     del unet._perfusion, unet._perfusion_hook
 
 
-def replaced_layers(unet: nn.Module) -> dict[str, str]:
+def replaced_layers(unet: Any) -> dict[str, str]:
     """Layers whose `PerfusionAttnProcessor` someone has replaced since `attach`, with what is there now."""
     return _replaced(cross_attention_layers(unet))
 
@@ -180,7 +179,7 @@ def _replaced(layers: dict[str, Attention]) -> dict[str, str]:
     }
 
 
-def _prepare(layers: dict[str, Attention], unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _prepare(layers: dict[str, Attention], unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the UNet: the edit for its text encoding, once for all layers and steps."""
     state = unet._perfusion
     encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)

@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit status: 0, 1 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    """Run the command line; the exit status is 0, 1 for bad input (one sentence on stderr) or 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="perfusion", description="Personalise a text-to-image model with Perfusion.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, (run, add_arguments, help) in _COMMANDS.items():

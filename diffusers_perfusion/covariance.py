@@ -9,8 +9,7 @@ opens further on a token next to the concept, without BOS and EOS a few hundredt
 import hashlib
 import itertools
 import os
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from diffusers.utils import logging
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from .captions import generate_captions
 from .concept import write_atomically
 from .text import encode
 
@@ -33,32 +34,6 @@ BATCH_SIZE = 256
 # Fraction of the mean diagonal that is added to the diagonal before `C` is inverted. Without it the condition number
 # is 2e6 on the pocket model and the gate follows rounding errors; with 1e-3 it opens on neighbouring words.
 RIDGE = 1e-4
-
-_SUBJECTS = ["apple", "armchair", "baby", "backpack", "ball", "balloon", "banana", "barn", "bear", "bed", "bench", "bicycle", "bird", "boat", "book", "bottle", "bowl", "boy", "bread", "bridge", "bus", "butterfly", "cake", "camera", "candle", "car", "castle", "cat", "chair", "child", "church", "clock", "cloud", "coat", "couch", "cow", "crow", "cup", "deer", "desk", "dog", "doll", "door", "dragon", "dress", "drum", "duck", "elephant", "farmer", "fence", "ferry", "fish", "flower", "fork", "fox", "frog", "garden", "ghost", "giraffe", "girl", "glass", "goat", "guitar", "hat", "helicopter", "hill", "horse", "hotel", "house", "island", "jacket", "kettle", "key", "king", "kite", "kitten", "knight", "ladder", "lake", "lamp", "leaf", "lion", "lizard", "log", "man", "market", "mirror", "monkey", "motorcycle", "mountain", "mouse", "mug", "mushroom", "nurse", "orange", "owl", "palace", "panda", "parrot", "pencil", "penguin", "person", "phone", "piano", "pig", "pigeon", "pillow", "pizza", "plane", "plate", "player", "puppy", "queen", "rabbit", "radio", "river", "robot", "rocket", "rose", "sailor", "sandwich", "shark", "sheep", "ship", "shirt", "shoe", "snail", "snake", "snowman", "soldier", "sofa", "spoon", "squirrel", "statue", "street", "suitcase", "swan", "table", "tank", "teapot", "temple", "tent", "tiger", "tower", "toy", "tractor", "train", "tree", "truck", "turtle", "umbrella", "vase", "violin", "wall", "whale", "window", "wizard", "wolf", "woman", "zebra"]
-_QUALITIES = ["ancient", "big", "black", "blue", "bright", "broken", "brown", "calm", "clean", "colorful", "cute", "dark", "dirty", "elegant", "empty", "fluffy", "friendly", "furry", "giant", "glowing", "golden", "gray", "green", "happy", "heavy", "huge", "little", "long", "lonely", "metal", "modern", "narrow", "new", "old", "orange", "painted", "pink", "plastic", "pretty", "purple", "quiet", "red", "round", "rusty", "sad", "shiny", "short", "silver", "sleepy", "small", "soft", "striped", "tall", "tiny", "warm", "wet", "white", "wide", "wild", "wooden", "yellow", "young"]
-_ACTIONS = ["climbing", "dancing", "drinking", "eating", "falling", "floating", "flying", "hiding", "holding", "jumping", "lying", "looking", "playing", "reading", "resting", "riding", "running", "sitting", "sleeping", "smiling", "standing", "swimming", "walking", "wearing", "waiting"]
-_RELATIONS = ["above", "and", "behind", "below", "beside", "between", "in", "inside", "near", "next_to", "on", "on_top_of", "over", "under", "with"]
-_PLACES = ["at night", "at sunrise", "at sunset", "at the beach", "by the sea", "in a boat", "in a city", "in a field", "in a forest", "in a garden", "in a kitchen", "in a museum", "in a room", "in a swimming pool", "in autumn", "in front of a mountain", "in Paris", "in space", "in the desert", "in the jungle", "in the rain", "in the sky", "in the snow", "in winter", "on a bridge", "on a hill", "on a plate", "on a road", "on a sofa", "on a street", "on a table", "on a white background", "on Mars", "on the grass", "on the moon", "under water"]
-_STYLES = ["a photo of {}", "a picture of {}", "an image of {}", "a painting of {}", "a watercolor of {}", "a pencil drawing of {}", "a sketch of {}", "a sculpture of {}", "a cartoon of {}", "an oil painting of {}", "a black and white photo of {}", "a close-up of {}", "a render of {}", "a poster of {}", "pixel art of {}", "{}", "{}", "{}, highly detailed", "{}, digital art"]
-
-
-def generate_captions(count: int = 100_000, seed: int = 0) -> Iterator[str]:
-    """Captions of things with qualities, in places and styles, for when no real captions are at hand.
-
-    Args:
-        count: how many (the paper uses 100 000).
-        seed: the same seed gives the same captions.
-    """
-    pick = random.Random(seed).choice
-
-    def thing() -> str:
-        words = pick(([pick(_SUBJECTS)], [pick(_QUALITIES), pick(_SUBJECTS)]))
-        return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
-
-    for _ in range(count):
-        scene = thing()
-        scene = pick((scene, f"{scene} {pick(_ACTIONS)}", f"{scene} {pick(_RELATIONS).replace('_', ' ')} {thing()}"))
-        yield pick(_STYLES).format(pick((scene, f"{scene} {pick(_PLACES)}", f"{scene} {pick(_PLACES)}")))
 
 
 def read_captions(path: str | os.PathLike) -> list[str]:
@@ -74,7 +49,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
 
 
 @torch.no_grad()
-def second_moment(tokenizer: Any, text_encoder: nn.Module, captions: Iterable[str]) -> Tensor:
+def second_moment(tokenizer: Any, text_encoder: PreTrainedModel, captions: Iterable[str]) -> Tensor:
     """`C` over all real tokens of some captions, `(d, d)` in float64.
 
     Captions are streamed in batches and their products summed in float64.
@@ -157,8 +132,10 @@ def load_covariance(path: str | os.PathLike) -> Tensor:
         raise ValueError(f"{path} is not a covariance file: {error}") from error
 
 
-def cached_covariance(tokenizer: Any, text_encoder: nn.Module, captions: str | os.PathLike | None = None) -> Tensor:
-    """`C` of a text encoder over a captions file, computed once and kept under the Hugging Face cache, `(d, d)` float32.
+def cached_covariance(
+    tokenizer: Any, text_encoder: PreTrainedModel, captions: str | os.PathLike | None = None
+) -> Tensor:
+    """`C` of a text encoder over a captions file, `(d, d)` in float32, kept under the Hugging Face cache.
 
     The key is a hash of the text encoder's weights, of the tokenizer and of the captions.
 
@@ -181,7 +158,7 @@ def cached_covariance(tokenizer: Any, text_encoder: nn.Module, captions: str | o
     return covariance
 
 
-def _fingerprint(tokenizer: Any, text_encoder: nn.Module) -> bytes:
+def _fingerprint(tokenizer: Any, text_encoder: PreTrainedModel) -> bytes:
     """Hash of what decides an encoding: the weights, the vocabulary, and how some text is split."""
     digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(repr(tokenizer("a photo of two Teddy bears, café")["input_ids"]).encode())

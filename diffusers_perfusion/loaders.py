@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from transformers import PreTrainedModel
 
 from .attention import attach, check_concept_fits, cross_attention_layers, detach, get_state, replaced_layers
 from .concept import WEIGHT_NAME, PerfusionConcept, check_bias, check_temperature
@@ -43,8 +44,8 @@ def _unet(pipeline: Any) -> torch.nn.Module:
     if unet is None:
         model = type(getattr(pipeline, "transformer", None) or pipeline).__name__
         raise ValueError(
-            f"{type(pipeline).__name__} has no UNet with cross-attention from text, and Perfusion cannot edit {model}; "
-            "expected a pipeline such as StableDiffusionPipeline"
+            f"{type(pipeline).__name__} has no UNet with cross-attention from text, and Perfusion cannot edit "
+            f"{model}; expected a pipeline such as StableDiffusionPipeline"
         )
     cross_attention_layers(unet)
     return unet
@@ -58,7 +59,7 @@ class PerfusionLoaderMixin:
 
     unet: torch.nn.Module
     tokenizer: Any
-    text_encoder: torch.nn.Module
+    text_encoder: PreTrainedModel
 
     def load_perfusion(
         self,
@@ -96,10 +97,9 @@ class PerfusionLoaderMixin:
                 none of a list is loaded.
         """
         unet = _unet(self)
-        many = isinstance(source, (list, tuple))
-        sources = source if many else [source]
-        names = _one_each("concept_name", concept_name, len(sources), many)
-        words = _one_each("placeholder_token", placeholder_token, len(sources), many)
+        sources: Sequence[Any] = source if isinstance(source, (list, tuple)) else [source]
+        names = _one_each("concept_name", concept_name, len(sources))
+        words = _one_each("placeholder_token", placeholder_token, len(sources))
         concepts: dict[str, PerfusionConcept] = {}
         state = get_state(unet)
         for item, name, word in zip(sources, names, words, strict=True):
@@ -243,14 +243,14 @@ class PerfusionLoaderMixin:
         """
         names = [names] if isinstance(names, str) else list(names)
         self._check_loaded(names)
-        state = get_state(self.unet)
         for name in dict.fromkeys(names):
+            state = self._state("delete")
             state.words.remove(state.loaded[name].concept.placeholder_token)
             del state.loaded[name]
             state.active = [other for other in state.active if other != name]
             state.refresh()
-        if state is not None and not state.loaded:
-            self.unload_perfusion()
+            if not state.loaded:
+                self.unload_perfusion()
 
     def unload_perfusion(self) -> None:
         """Unload every concept and leave the pipeline as it was, its very attention processors included."""
@@ -310,12 +310,12 @@ class PerfusionLoaderMixin:
             )
 
 
-def _one_each(name: str, value: Any, count: int, many: bool) -> list[str | None]:
+def _one_each(name: str, value: Any, count: int) -> list[str | None]:
     """A name or word for each of several sources."""
     if value is None:
         return [None] * count
     values = [value] if isinstance(value, str) else list(value)
-    if len(values) != count or (many and isinstance(value, str) and count != 1):
+    if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} concepts; expected one each")
     return values
 

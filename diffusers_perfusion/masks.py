@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention import cross_attention_layers
 from .pictures import Picture, encode_latents, to_tensor
@@ -137,7 +138,7 @@ def attention_masks(
     unet: nn.Module,
     scheduler: Any,
     tokenizer: Any,
-    text_encoder: nn.Module,
+    text_encoder: PreTrainedModel,
     latents: Tensor,
     superclass: str,
     seed: int = 0,

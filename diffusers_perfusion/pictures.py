@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 
 logger = logging.get_logger(__name__)
 
@@ -102,13 +102,12 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_latents(vae: nn.Module, images: Tensor) -> Tensor:
+def encode_latents(vae: Any, images: Tensor) -> Tensor:
     """Scaled latents of images in [0, 1], `(N, channels, h, w)`; of a distribution, the mode.
 
     Takes `AutoencoderKL` and `AutoencoderTiny`.
     """
-    config: Any = vae.config
     parameter = next(vae.parameters())
     encoded = vae.encode((images * 2 - 1).to(parameter))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return ((latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor).float()
+    return ((latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).float()

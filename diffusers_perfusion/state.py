@@ -192,7 +192,9 @@ class PerfusionState:
             keys=self._twins(encodings, marks, rows_of) if self.locking == "global" else None,
         )
 
-    def _twins(self, encodings: Tensor, marks: Sequence[Mark | None], rows_of: dict[tuple[str, ...], list[int]]):
+    def _twins(
+        self, encodings: Tensor, marks: Sequence[Mark | None], rows_of: dict[tuple[str, ...], list[int]]
+    ) -> Tensor:
         keys = encodings.clone()
         for row in (row for rows in rows_of.values() for row in rows):
             mark = marks[row]
@@ -207,8 +209,8 @@ class PerfusionState:
     def _warn_unseen(self) -> None:
         if self._unseen:
             logger.warning(
-                f"A prompt with {', '.join(self._unseen)} was encoded, but its encoding has not reached the UNet as it "
-                "was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised."
+                f"A prompt with {', '.join(self._unseen)} was encoded, but its encoding has not reached the UNet as "
+                "it was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised."
             )
             self._unseen = ()
 
@@ -216,4 +218,4 @@ class PerfusionState:
 def _digest(encoding: Tensor) -> bytes:
     """Content of an encoding, with its dtype, in 16 bytes."""
     data = encoding.detach().contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(data, digest_size=16, salt=str(encoding.dtype)[6:22].encode()).digest()
+    return hashlib.blake2b(data.data, digest_size=16, salt=str(encoding.dtype)[6:22].encode()).digest()

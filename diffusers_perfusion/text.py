@@ -8,6 +8,7 @@ import torch
 from diffusers.utils import logging
 from tokenizers import AddedToken
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -33,9 +34,14 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def encode(text_encoder: nn.Module, input_ids: Tensor) -> Tensor:
+def embedding_table(text_encoder: PreTrainedModel) -> Tensor:
+    """The input embeddings of a text encoder, `(vocabulary, d_word)`."""
+    return text_encoder.get_input_embeddings().weight  # type: ignore[return-value]
+
+
+def encode(text_encoder: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Text encodings of token ids as the UNet gets them: `(batch, length, d)`."""
-    return text_encoder(input_ids.to(text_encoder.get_input_embeddings().weight.device))[0]
+    return text_encoder(input_ids.to(embedding_table(text_encoder).device))[0]
 
 
 def superclass_ids(tokenizer: Any, superclass: str) -> list[int]:
@@ -51,7 +57,7 @@ def superclass_ids(tokenizer: Any, superclass: str) -> list[int]:
 
 
 @torch.no_grad()
-def superclass_input(tokenizer: Any, text_encoder: nn.Module, superclass: str) -> Tensor:
+def superclass_input(tokenizer: Any, text_encoder: PreTrainedModel, superclass: str) -> Tensor:
     """`i_super`: the encoding at the last token of the super-category, averaged over `TEMPLATES`, `(d,)`.
 
     Raises:
@@ -63,10 +69,9 @@ def superclass_input(tokenizer: Any, text_encoder: nn.Module, superclass: str) -
     return encode(text_encoder, ids)[torch.arange(len(ids)), last].mean(0)
 
 
-def initial_word_embedding(tokenizer: Any, text_encoder: nn.Module, superclass: str) -> Tensor:
+def initial_word_embedding(tokenizer: Any, text_encoder: PreTrainedModel, superclass: str) -> Tensor:
     """Where `v*` starts: the input embedding of the super-category's last token, `(d_word,)`."""
-    weight = text_encoder.get_input_embeddings().weight
-    return weight[superclass_ids(tokenizer, superclass)[-1]].detach().clone()
+    return embedding_table(text_encoder)[superclass_ids(tokenizer, superclass)[-1]].detach().clone()
 
 
 class ConceptWords:
@@ -86,7 +91,7 @@ class ConceptWords:
             global key-locking needs.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: nn.Module):
+    def __init__(self, tokenizer: Any, text_encoder: PreTrainedModel):
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.on_encoding: Callable[[Tensor, tuple[str, ...], Tensor | None], None] | None = None
@@ -124,7 +129,7 @@ class ConceptWords:
             ValueError: if the word is taken, the super-category unknown, or the embedding of another width.
         """
         self.check_new(word)
-        width = self.text_encoder.get_input_embeddings().weight.shape[1]
+        width = embedding_table(self.text_encoder).shape[1]
         if len(embedding) != width:
             raise ValueError(
                 f"the word embedding of {word!r} has {len(embedding)} numbers, but those of this text encoder "
@@ -244,8 +249,9 @@ class ConceptWords:
             for token_id in row:
                 twin += self._words[self._ids[token_id]][1] if token_id in self._ids else [token_id]
                 index.append(min(len(twin), len(row)) - 1)
-            twins.append(twin[: len(row) - 1] + [row[-1]])
+            twins.append([*twin[: len(row) - 1], row[-1]])
             gather.append(index)
-        device = self.text_encoder.get_input_embeddings().weight.device
         encodings = encode(self.text_encoder, torch.tensor(twins))
-        return torch.stack([e[i] for e, i in zip(encodings, torch.tensor(gather, device=device), strict=True)])
+        return torch.stack(
+            [e[i] for e, i in zip(encodings, torch.tensor(gather, device=encodings.device), strict=True)]
+        )

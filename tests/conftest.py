@@ -80,7 +80,6 @@ def make_vae(kind=AutoencoderTiny, seed=0):
         return AutoencoderTiny(
             encoder_block_out_channels=(8, 8),
             decoder_block_out_channels=(8, 8),
-            block_out_channels=(8, 8),
             num_encoder_blocks=(1, 1),
             num_decoder_blocks=(1, 1),
         ).eval()

@@ -1,4 +1,4 @@
-"""Fitting a concept: a library without a command line, which `perfusion fit` and `examples/train_perfusion.py` drive."""
+"""Fitting a concept: a library that `perfusion fit` and `examples/train_perfusion.py` drive."""
 
 from .config import FitConfig
 from .fit import fit, make_accelerator

@@ -1,4 +1,4 @@
-"""`FitConfig`: every setting of a fit. The command line is made of it, so a setting is described here and nowhere else."""
+"""`FitConfig`: every setting of a fit, described here and nowhere else; the command line is made of it."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +22,6 @@ _NOT_IN_RESULT = {
 
 
 def _option(help: str, default: Any = None) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -82,7 +80,10 @@ class FitConfig:
     allow_tf32: bool = _option("Allow TF32 on Ampere GPUs.", False)
     report_to: str | None = _option("Tracker for loss and validation pictures: tensorboard, wandb, comet_ml or all.")
     logging_dir: str = _option("Folder for trackers, below the output folder.", "logs")
-    validation_prompt: list[str] = _option("Prompt for validation pictures, with the concept's word; repeatable.", [])
+    validation_prompt: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Prompt for validation pictures, with the concept's word; repeatable."},
+    )
     num_validation_images: int = _option("Validation pictures for each prompt.", 4)
     validation_steps: int = _option("Steps between validation pictures.", 50)
     checkpointing_steps: int = _option("Steps between checkpoints.", 25)

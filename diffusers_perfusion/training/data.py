@@ -1,10 +1,11 @@
 """What a fit learns from: latents of the pictures, and where the subject is in them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..pictures import encode_latents
 
@@ -22,7 +23,7 @@ class Subject:
     masks: Tensor
 
 
-def make_subject(vae: nn.Module, images: Tensor, masks: Tensor | None, flip: bool) -> Subject:
+def make_subject(vae: Any, images: Tensor, masks: Tensor | None, flip: bool) -> Subject:
     """Encode the pictures once for the whole fit.
 
     Args:

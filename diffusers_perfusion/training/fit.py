@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -37,16 +36,14 @@ def make_accelerator(config: FitConfig) -> Accelerator:
     )
 
 
-def fit(
-    pipeline: StableDiffusionPipeline, config: FitConfig, accelerator: Accelerator | None = None
-) -> PerfusionConcept:
+def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None) -> PerfusionConcept:
     """Fit a concept to a folder of pictures, and write `perfusion.safetensors` into the output folder.
 
     The pipeline's models are frozen, moved to the accelerator's device and, but for the UNet under mixed precision,
     cast to float32. When the fit is over, the pipeline has no concept loaded.
 
     Args:
-        pipeline: of the base model.
+        pipeline: of the base model, a `StableDiffusionPipeline`.
         config: all settings.
         accelerator: processes, device, precision and trackers; by default as `make_accelerator`.
 

@@ -129,7 +129,7 @@ class Learner:
             group["lr"] = rate * self._schedule(index + 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # i* ← 0.99 i* + 0.01 · mean encoding at the concept's word (paper Section 4), once a step and out of the graph.
+        # i* ← 0.99 i* + 0.01 · mean encoding at the concept's word (paper Section 4), outside the graph.
         encoding = accelerator.reduce(encoding, "mean")
         self.concept.target_input = EMA_DECAY * self.concept.target_input + (1 - EMA_DECAY) * encoding
         self.concept.inverse_target_input = self._inverse(self.concept.target_input)
