@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py --concept $(CONCEPT) --output_dir demo $(DEMO_FLAGS)
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python examples/demo.py --concept $(CONCEPT) --output_dir demo $(DEMO_FLAGS)
 
 test: lint
 	$(BIN)/python -m pytest -q

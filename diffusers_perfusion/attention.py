@@ -37,14 +37,17 @@ class PerfusionAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        ip_adapter_masks: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """As any diffusers attention processor; further keyword arguments go to the wrapped one."""
-        arguments = (hidden_states, encoder_hidden_states, attention_mask, temb)
+        # `Attention` passes on only what it finds named here, and some processors take no more than they need.
+        named = {"attention_mask": attention_mask, "temb": temb, "ip_adapter_masks": ip_adapter_masks}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         if self.state.edit is None or encoder_hidden_states is None:
-            return self.processor(attn, *arguments, **kwargs)
+            return self.processor(attn, hidden_states, encoder_hidden_states, **kwargs)
         edited = _EditedAttention(attn, self.layer, self.state.edit)
-        output = self.processor(edited, *arguments, **kwargs)
+        output = self.processor(edited, hidden_states, encoder_hidden_states, **kwargs)
         if edited.unused:
             raise RuntimeError(
                 f"{type(self.processor).__name__} on {self.layer} computes attention without calling "

@@ -121,7 +121,11 @@ def generate(
     add_perfusion(pipeline)
     pipeline.load_perfusion(concept)
     pipeline.set_perfusion(bias=bias, temperature=temperature, locking=locking)
-    pipeline.to(device, torch.float32 if device == "cpu" else torch.float16)
+    if device == "cpu":
+        # Some releases of transformers keep the half precision that a text encoder was stored in; a CPU cannot use it.
+        pipeline.text_encoder.float()
+    else:
+        pipeline.to(device, torch.float16)
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(prompt):
         image = pipeline(

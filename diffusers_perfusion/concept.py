@@ -43,6 +43,21 @@ def check_temperature(temperature: float) -> float:
     return _check_number("temperature", temperature, TEMPERATURE_BOUNDS)
 
 
+def check_words(placeholder_token: str, superclass: str) -> None:
+    """Raise ValueError unless they can be a concept's word and its super-category."""
+    _check_text("placeholder_token", placeholder_token)
+    _check_text("superclass", superclass)
+    if not placeholder_token or any(c.isspace() for c in placeholder_token):
+        raise ValueError(f"placeholder_token is {placeholder_token!r}; expected one word without spaces")
+    if not superclass.strip():
+        raise ValueError("superclass is empty; expected the super-category in plain words, such as 'teddy bear'")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or len(value) > 256 or not value.isprintable():
+        raise ValueError(f"{name} is {value!r:.80}; expected at most 256 printable characters")
+
+
 def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not bounds[0] <= value <= bounds[1]:
         raise ValueError(f"{name} is {value!r}; expected a number from {bounds[0]} to {bounds[1]}")
@@ -79,24 +94,20 @@ class PerfusionConcept:
     inverse_target_input: Tensor
     superclass_input: Tensor
     target_outputs: dict[str, Tensor]
-    bias: float = 0.7
+    bias: float = 0.6
     temperature: float = 0.15
     bias_range: tuple[float, float] = (0.5, 1.1)
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("placeholder_token", "superclass", "base_model"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or len(value) > 256 or not value.isprintable():
-                raise ValueError(f"{name} is {value!r:.80}; expected at most 256 printable characters")
-        if not self.placeholder_token or any(c.isspace() for c in self.placeholder_token):
-            raise ValueError(f"placeholder_token is {self.placeholder_token!r}; expected one word without spaces")
-        if not self.superclass.strip():
-            raise ValueError("superclass is empty; expected the super-category in plain words, such as 'teddy bear'")
+        check_words(self.placeholder_token, self.superclass)
+        _check_text("base_model", self.base_model)
         self.bias = check_bias(self.bias)
         self.temperature = check_temperature(self.temperature)
-        low, high = (check_bias(bound) for bound in self.bias_range)
+        if len(self.bias_range) != 2:
+            raise ValueError(f"bias_range is {self.bias_range!r:.80}; expected two numbers")
+        low, high = (_check_number("a bound of bias_range", bound, BIAS_BOUNDS) for bound in self.bias_range)
         if low > high:
             raise ValueError(f"bias_range is ({low}, {high}); expected the lower bound first")
         self.bias_range = (low, high)
@@ -211,10 +222,6 @@ class PerfusionConcept:
             raise FileNotFoundError(f"{path} is not a file; expected a concept file such as {WEIGHT_NAME}")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size} bytes; a concept file has at most {MAX_FILE_BYTES}")
-        with path.open("rb") as file:
-            magic = file.read(2)
-        if magic in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-            raise ValueError(f"{path} is a pickle, which can run code; only safetensors files are read")
         try:
             with safe_open(path, "pt") as file:
                 names = list(file.keys())
@@ -232,9 +239,15 @@ class PerfusionConcept:
                         )
                 return cls.from_state_dict({name: file.get_tensor(name) for name in names} | {HEADER_KEY: header})
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+            # Only now, because the length that a safetensors file begins with may be these very bytes.
+            with path.open("rb") as file:
+                if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                    raise ValueError(
+                        f"{path} is a pickle, which can run code; only safetensors files are read"
+                    ) from error
+            raise ValueError(f"{path} is truncated or not a safetensors file ({error!s:.400})") from error
         except ValueError as error:
-            raise ValueError(f"{path} is not a valid concept file: {error}") from error
+            raise ValueError(f"{path} is not a valid concept file: {error!s:.400}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -293,7 +306,5 @@ def _parse_header(text: Any) -> dict[str, Any]:
     for name, kind in expected.items():
         if not isinstance(header[name], kind):
             raise ValueError(f"{name} in the header is {header[name]!r:.80}")
-    if len(header["bias_range"]) != 2:
-        raise ValueError(f"bias_range in the header is {header['bias_range']!r:.80}; expected two numbers")
     header["bias_range"] = tuple(header["bias_range"])
     return header

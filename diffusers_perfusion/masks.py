@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import cross_attention_layers
-from .pictures import Picture, encode_latents, to_tensor
+from .pictures import Picture, eight_bits, encode_latents, to_tensor
 from .text import encode, superclass_ids, tokenize
 
 logger = logging.get_logger(__name__)
@@ -61,8 +61,6 @@ def subject_masks(
         raise ValueError(f"{without} has no alpha channel that tells the subject; choose another source of masks")
     if source == "auto" and (Path(folder) / "masks").is_dir():
         return folder_masks(pictures, Path(folder) / "masks"), "folder"
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        return folder_masks(pictures, source), "folder"
     if source == "auto":
         try:
             return clipseg_masks(pictures, superclass, local_files_only=True), "clipseg"
@@ -77,7 +75,11 @@ def subject_masks(
             ),
             source,
         )
-    return clipseg_masks(pictures, superclass, CLIPSEG if source == "clipseg" else source), "clipseg"
+    if source == "clipseg":
+        return clipseg_masks(pictures, superclass), source
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        return folder_masks(pictures, source), "folder"
+    return clipseg_masks(pictures, superclass, source), "clipseg"
 
 
 def alpha_masks(pictures: Sequence[Picture]) -> Tensor | None:
@@ -98,7 +100,7 @@ def folder_masks(pictures: Sequence[Picture], folder: str | os.PathLike) -> Tens
         if not found:
             raise ValueError(f"{folder} holds no mask for {picture.path.name}; expected one of the same name")
         with Image.open(found[0]) as file:
-            mask = picture.crop_like(file.convert("L"))
+            mask = picture.crop_like(eight_bits(file).convert("L"))
         if mask.getextrema()[1] == 0:
             raise ValueError(
                 f"{found[0]} is black where {picture.path.name} was cropped; expected the subject in white"

@@ -61,7 +61,7 @@ def read_pictures(
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         try:
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
+                image = eight_bits(ImageOps.exif_transpose(file))
                 image.load()
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             logger.warning(f"{path} is skipped: it cannot be read as a picture ({error}).")
@@ -93,6 +93,13 @@ def _crop(image: Image.Image, box: tuple[float, float, float, float], size: tupl
     left, top, right, bottom = box
     pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
     return image.resize(size, Image.Resampling.LANCZOS, box=pixels)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The image itself, or the upper eight of 16 bits a pixel, which Pillow's `convert` would clip to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

@@ -48,11 +48,13 @@ def superclass_ids(tokenizer: Any, superclass: str) -> list[int]:
     """Token ids of a super-category, one or several.
 
     Raises:
-        ValueError: if the tokenizer drops it or does not know it.
+        ValueError: if the tokenizer drops it or does not know it, or it leaves no room in a prompt.
     """
     ids = tokenizer(superclass, add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError(f"the tokenizer does not know the super-category {superclass!r}; choose another word for it")
+    if len(ids) > (limit := tokenizer.model_max_length // 2):
+        raise ValueError(f"the super-category {superclass!r} is {len(ids)} tokens long; expected at most {limit}")
     return ids
 
 
@@ -135,13 +137,11 @@ class ConceptWords:
                 f"the word embedding of {word!r} has {len(embedding)} numbers, but those of this text encoder "
                 f"({type(self.text_encoder).__name__}) have {width}; the concept was made for another text encoder"
             )
-        self._words[word] = (embedding, superclass_ids(self.tokenizer, superclass))
-        self._renew()
+        self._renew(self._words | {word: (embedding, superclass_ids(self.tokenizer, superclass))})
 
     def remove(self, word: str) -> None:
         """Forget a word."""
-        del self._words[word]
-        self._renew()
+        self._renew({other: entry for other, entry in self._words.items() if other != word})
 
     def enable(self) -> None:
         """Put the words in place. Does nothing if they are."""
@@ -197,10 +197,11 @@ class ConceptWords:
         token_id = next(i for i, known in self._ids.items() if known == word)
         return (input_ids == token_id).int().argmax(-1)
 
-    def _renew(self) -> None:
-        """Take up a change of the words."""
+    def _renew(self, words: dict[str, tuple[Tensor, list[int]]]) -> None:
+        """Take other words in place of those so far, or if these cannot be taken away change nothing."""
         enabled = self.enabled
         self.disable()
+        self._words = words
         self._extended = None
         if enabled:
             self.enable()

@@ -1,4 +1,4 @@
-"""Draw a contact sheet of a concept: its pictures, the bare super-category, and the concept in eight prompts.
+"""Draw a contact sheet: a concept's pictures, the bare super-category, the concept in eight prompts and at three biases.
 
     python examples/contact_sheet.py --pretrained_model_name_or_path examples/pocket \
         --concept my-bear --instance_data_dir examples/data/teddy_bear --output my-bear/sheet.png
@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_perfusion import PerfusionPipeline
@@ -70,15 +69,17 @@ def main():
     parser.add_argument("--concept", required=True, help="Hub id, folder or file of the concept.")
     parser.add_argument("--instance_data_dir", required=True, help="The pictures it was fitted to.")
     parser.add_argument("--output", type=Path, default=Path("sheet.png"))
-    parser.add_argument("--bias", type=float, nargs="+", default=(0.5, 0.7, 0.9), help="A row of pictures for each.")
+    parser.add_argument("--bias", type=float, nargs="+", default=(0.5, 0.8, 1.1), help="A row of pictures for each.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    logging.set_verbosity_error()
     pipeline = PerfusionPipeline.from_pretrained(arguments.pretrained_model_name_or_path, safety_checker=None)
-    pipeline.to("cuda", torch.float16) if torch.cuda.is_available() else pipeline.to("cpu", torch.float32)
+    if torch.cuda.is_available():
+        pipeline.to("cuda", torch.float16)
+    else:
+        pipeline.text_encoder.float()
     concept = PerfusionConcept.load(find_concept_file(arguments.concept))
     pictures = [picture.image for picture in read_pictures(arguments.instance_data_dir, SIDE)]
     rows = [("its pictures", pictures)]
@@ -86,6 +87,7 @@ def main():
     rows.append((f"the base model:\n{concept.superclass}", draw(pipeline, plain, arguments)))
     pipeline.load_perfusion(concept)
     prompts = [prompt.format(concept.placeholder_token) for prompt in PROMPTS]
+    rows.append((f"{concept.placeholder_token}\n(bias {concept.bias})", draw(pipeline, prompts, arguments)))
     for bias in arguments.bias:
         pipeline.set_perfusion(bias=bias)
         rows.append((f"{concept.placeholder_token}\nbias {bias}", draw(pipeline, prompts, arguments)))

@@ -4,7 +4,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..concept import check_bias, check_temperature
+from diffusers.optimization import SchedulerType
+
+from ..concept import check_bias, check_temperature, check_words
+
+# `piecewise_constant` needs rules that no setting here gives.
+_SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 
 # Settings that say where things go or how long a fit lasts, and so may change when a fit is resumed.
 _NOT_IN_RESULT = {
@@ -113,6 +118,9 @@ class FitConfig:
         for name in ("embedding_learning_rate", "value_learning_rate", "snr_gamma", "lr_warmup_steps", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected no negative number")
+        if self.lr_scheduler not in _SCHEDULES:
+            raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}; expected one of {', '.join(_SCHEDULES)}")
+        check_words(self.placeholder_token, self.superclass)
         check_bias(self.train_bias)
         check_temperature(self.train_temperature)
         for prompt in self.validation_prompt:

@@ -59,7 +59,13 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     resolution = config.resolution or pipeline.unet.config.sample_size * factor
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
-    cross_attention_layers(pipeline.unet)
+    width = pipeline.text_encoder.config.hidden_size
+    for layer in cross_attention_layers(pipeline.unet).values():
+        if layer.cross_attention_dim != width:
+            raise ValueError(
+                f"{type(pipeline).__name__} takes text of width {layer.cross_attention_dim}, but its text encoder has "
+                f"width {width}; expected a pipeline with one text encoder, such as StableDiffusionPipeline"
+            )
     ConceptWords(pipeline.tokenizer, pipeline.text_encoder).check_new(config.placeholder_token)
     superclass_ids(pipeline.tokenizer, config.superclass)
     pictures = read_pictures(
@@ -69,6 +75,8 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         start, state = load_checkpoint(checkpoint, config.recipe())
+    if accelerator.is_main_process:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
 
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
@@ -116,9 +124,7 @@ def _run(learner: Learner, start: int, facts: dict[str, Any]) -> PerfusionConcep
     """The steps, with what happens between them."""
     config, accelerator = learner.config, learner.accelerator
     output_dir = Path(config.output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    if config.report_to:
+    if accelerator.log_with:
         accelerator.init_trackers("perfusion", {k: str(v) for k, v in config.recipe().items()})
     step = start
     progress = tqdm(

@@ -39,8 +39,10 @@ def validate(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerat
             rows.append(pictures)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             for prompt, pictures in zip(config.validation_prompt, rows, strict=True):
-                tracker.log_images({prompt: np.stack([np.asarray(picture) for picture in pictures])}, step=step)
+                arrays = np.stack([np.asarray(picture) for picture in pictures])
+                tracker.log_images({prompt: arrays}, step=step, **options)
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (width * config.num_validation_images, height * len(rows)))
     for y, pictures in enumerate(rows):
