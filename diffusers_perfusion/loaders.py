@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -121,7 +122,7 @@ class PerfusionLoaderMixin:
                 concept = PerfusionConcept.load(path)
             check_concept_fits(concept, unet)
             if word is not None:
-                concept.placeholder_token = word
+                concept = replace(concept, placeholder_token=word)
             name = name or concept.placeholder_token.strip("<>")
             if name in concepts or (state is not None and name in state.loaded):
                 raise ValueError(f"a concept named {name!r} is loaded already; choose another with concept_name=")

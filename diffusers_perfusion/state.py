@@ -7,7 +7,7 @@ import hashlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging
@@ -24,6 +24,10 @@ Locking = Literal["local", "global"]
 # A pipeline casts an encoding at most from and to these on its way to the UNet.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# How many of the last encodings are known again: a few hundred bytes each, and with global key-locking a twin each.
+_MAX_MARKS = 10_000 * len(_DTYPES)
+_MAX_TWINS = 100 * len(_DTYPES)
+
 
 @dataclass
 class LoadedConcept:
@@ -38,14 +42,6 @@ class LoadedConcept:
     concept: PerfusionConcept
     bias: Tensor
     temperature: Tensor
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What is known of an encoding: the concept words in its prompt, and its super-category twin `(length, d)`."""
-
-    words: tuple[str, ...]
-    twin: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,8 @@ class PerfusionState:
         self.active: list[str] = []
         self.enabled = True
         self.edit: Edit | None = None
-        self._marks: dict[bytes, Mark] = {}
+        self._words_of: dict[bytes, tuple[str, ...]] = {}
+        self._twin_of: dict[bytes, Tensor] = {}
         self._source: tuple[weakref.ref[Tensor], int | None] | None = None
         self._unseen: tuple[str, ...] = ()
 
@@ -114,10 +111,15 @@ class PerfusionState:
         A pipeline repeats, concatenates and casts encodings before the UNet gets them, and a user may keep them for
         another call, so they are known again by their content.
         """
-        mark = Mark(words, twin)
+        active = {self.loaded[name].concept.placeholder_token for name in self.active}
+        if idle := [word for word in words if word not in active]:
+            logger.warning(f"{', '.join(idle)} in a prompt is not active, so it is not applied; see set_perfusion().")
         for dtype in _DTYPES:
-            self._marks[_digest(encoding.to(dtype))] = mark
-        self._unseen = words
+            digest = _digest(encoding.to(dtype))
+            _remember(self._words_of, digest, words, _MAX_MARKS)
+            if twin is not None:
+                _remember(self._twin_of, digest, twin, _MAX_TWINS)
+        self._unseen = tuple(word for word in words if word in active)
 
     def prepare(self, encodings: Tensor, words: Sequence[tuple[str, ...]] | None = None) -> None:
         """Make the edit for a batch of text encodings, unless it is the batch of the current edit.
@@ -135,19 +137,15 @@ class PerfusionState:
             return
         self.refresh()
         if self.enabled and self.active:
-            marks = (
-                [self._marks.get(_digest(row)) for row in encodings]
-                if words is None
-                else [Mark(row, None) for row in words]
-            )
-            self.edit = self._make_edit(encodings, marks)
+            words = [self._words_of.get(_digest(row), ()) for row in encodings] if words is None else words
+            self.edit = self._make_edit(encodings, words)
         self._source = (weakref.ref(encodings), version)
 
-    def _make_edit(self, encodings: Tensor, marks: Sequence[Mark | None]) -> Edit | None:
+    def _make_edit(self, encodings: Tensor, words: Sequence[tuple[str, ...]]) -> Edit | None:
         by_word = {self.loaded[name].concept.placeholder_token: name for name in self.active}
         rows_of: dict[tuple[str, ...], list[int]] = {}
-        for row, mark in enumerate(marks):
-            if names := tuple(by_word[word] for word in mark.words if word in by_word) if mark else ():
+        for row, held in enumerate(words):
+            if names := tuple(by_word[word] for word in held if word in by_word):
                 rows_of.setdefault(names, []).append(row)
         if not rows_of:
             self._warn_unseen()
@@ -189,21 +187,20 @@ class PerfusionState:
             superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
             coef=coef,
             gate=gate,
-            keys=self._twins(encodings, marks, rows_of) if self.locking == "global" else None,
+            keys=self._twins(encodings, sum(rows_of.values(), [])) if self.locking == "global" else None,
         )
 
-    def _twins(
-        self, encodings: Tensor, marks: Sequence[Mark | None], rows_of: dict[tuple[str, ...], list[int]]
-    ) -> Tensor:
+    def _twins(self, encodings: Tensor, rows: Sequence[int]) -> Tensor:
+        """The encodings with some rows replaced by their super-category twins."""
         keys = encodings.clone()
-        for row in (row for rows in rows_of.values() for row in rows):
-            mark = marks[row]
-            if mark is None or mark.twin is None:
+        for row in rows:
+            twin = self._twin_of.get(_digest(encodings[row]))
+            if twin is None:
                 raise ValueError(
                     "global key-locking needs the prompt's super-category twin, which is encoded with the prompt; "
                     "encode the prompt after set_perfusion(locking='global')"
                 )
-            keys[row] = mark.twin.to(keys)
+            keys[row] = twin.to(keys)
         return keys
 
     def _warn_unseen(self) -> None:
@@ -213,6 +210,14 @@ class PerfusionState:
                 "it was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised."
             )
             self._unseen = ()
+
+
+def _remember(store: dict[bytes, Any], key: bytes, value: Any, limit: int) -> None:
+    """Put a value last in a store, and drop the first ones over its limit."""
+    store.pop(key, None)
+    store[key] = value
+    while len(store) > limit:
+        del store[next(iter(store))]
 
 
 def _digest(encoding: Tensor) -> bytes:

@@ -2,14 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_perfusion import PerfusionConcept, PerfusionPipeline
 from diffusers_perfusion.attention import cross_attention_layers
 from diffusers_perfusion.text import superclass_input
+
+# Tiny models gain nothing from more threads, which would wait for each other on a busy machine.
+torch.set_num_threads(1)
 
 WIDTH = 32
 LENGTH = 24
@@ -30,6 +36,24 @@ WORDS = (
     "dog",
     "beach",
 )
+
+
+@pytest.fixture(autouse=True)
+def hugging_face_home(tmp_path, monkeypatch):
+    """An empty Hugging Face home for each test, so that no test sees what another or a user has cached."""
+    home = tmp_path / "hugging-face"
+    monkeypatch.setattr("diffusers_perfusion.covariance.HF_HOME", str(home))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(home / "hub"), raising=False)  # of 4.x
+    return home
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its settings for the life of a process; forget them, or no test could have its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
@@ -192,3 +216,42 @@ def generate(pipeline):
         ).images
 
     return run
+
+
+@pytest.fixture
+def pictures_folder(tmp_path):
+    """A folder with three pictures for the tiny pipeline, of different shapes and colours."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(16, 16), (24, 16), (20, 28)], start=1):
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def fit_settings(tmp_path, pictures_folder, fresh_accelerate):
+    """Settings of a `FitConfig` for a short fit on the tiny pipeline."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat\na dog on the beach\na good picture of the teddy bear\nan image of a photo\n")
+    return {
+        "pretrained_model_name_or_path": "tiny",
+        "instance_data_dir": str(pictures_folder),
+        "placeholder_token": "<my-cat>",
+        "superclass": "cat",
+        "output_dir": str(tmp_path / "output"),
+        "covariance": str(captions),
+        "mask": "none",
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "lr_warmup_steps": 0,
+    }
+
+
+@pytest.fixture
+def model_folder(tmp_path, plain_pipeline):
+    """The tiny pipeline as a folder."""
+    folder = tmp_path / "tiny"
+    plain_pipeline.save_pretrained(folder)
+    return folder

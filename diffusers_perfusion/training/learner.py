@@ -92,7 +92,7 @@ class Learner:
                 placeholder_token=config.placeholder_token,
                 superclass=config.superclass,
                 word_embedding=nn.Parameter(embedding),
-                target_input=i_super,
+                target_input=i_super.clone(),
                 inverse_target_input=self._inverse(i_super),
                 superclass_input=i_super,
                 target_outputs={layer: nn.Parameter(output) for layer, output in outputs.items()},

@@ -1,0 +1,169 @@
+"""Where a concept file is found, and what is said when it is not. The Hub is a server of this file, on this machine."""
+
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from diffusers_perfusion import PerfusionConcept
+from diffusers_perfusion.concept import WEIGHT_NAME
+from diffusers_perfusion.hub import find_concept_file
+
+COMMIT = "0" * 39 + "1"
+
+
+@pytest.fixture
+def folder(tmp_path, make_concept):
+    """A folder with a concept, a subfolder with another and something else beside them."""
+    folder = tmp_path / "folder"
+    make_concept().save(folder / WEIGHT_NAME)
+    make_concept().save(folder / "step-100" / "cat.safetensors")
+    (folder / "notes.txt").write_text("")
+    return folder
+
+
+def test_a_file_is_itself(folder):
+    assert find_concept_file(folder / WEIGHT_NAME) == folder / WEIGHT_NAME
+    assert find_concept_file(str(folder / WEIGHT_NAME)) == folder / WEIGHT_NAME
+    assert find_concept_file(folder / "step-100" / "cat.safetensors").name == "cat.safetensors"
+
+
+def test_a_folder_holds_it(folder, monkeypatch):
+    assert find_concept_file(folder) == folder / WEIGHT_NAME
+    assert find_concept_file(str(folder)) == folder / WEIGHT_NAME
+    found = find_concept_file(folder, "cat.safetensors", "step-100")
+    assert found == folder / "step-100" / "cat.safetensors"
+    monkeypatch.chdir(folder.parent)
+    assert find_concept_file("folder").samefile(folder / WEIGHT_NAME)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"weight_name": "dog.safetensors"}, "folder has no dog.safetensors; it holds perfusion.safetensors "),
+        ({"subfolder": "step-100"}, "step-100 has no perfusion.safetensors; it holds cat.safetensors .*weight_name="),
+        ({"subfolder": "step-200"}, "step-200 has no perfusion.safetensors; it holds no safetensors file"),
+    ],
+)
+def test_a_folder_without_it_says_what_it_holds(folder, arguments, match):
+    with pytest.raises(FileNotFoundError, match=match):
+        find_concept_file(folder, **arguments)
+
+
+@pytest.mark.parametrize("source", ["./nothing/here.safetensors", "a/b/c", "/no/such/folder", "what is this?", ""])
+def test_neither_a_path_nor_a_repository_id(source, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if source == "":
+        source = "../" + "x" * 300
+    with pytest.raises((ValueError, FileNotFoundError), match="is neither a file, a folder nor the id of a Hub"):
+        find_concept_file(source)
+
+
+@pytest.mark.parametrize("way", ["local_files_only", "HF_HUB_OFFLINE"])
+def test_offline_says_that_the_hub_was_not_asked(way, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", way == "HF_HUB_OFFLINE")
+    with pytest.raises(FileNotFoundError, match="'me/my-cat' is no file or folder here, .* not in the cache, and the"):
+        find_concept_file("me/my-cat", local_files_only=way == "local_files_only")
+
+
+def test_a_hub_that_cannot_be_reached_is_named_as_the_reason(hub):
+    endpoint, _ = hub({})
+    port = endpoint.rsplit(":", 1)[1]
+    hub.server.shutdown()
+    hub.server.server_close()
+    with pytest.raises(FileNotFoundError, match="'me/my-cat' is no file or folder here, .* the Hub was not reached"):
+        find_concept_file("me/my-cat", endpoint=f"http://127.0.0.1:{port}")
+
+
+class Hub:
+    """A Hugging Face Hub with a few files, or one that answers every request with an error."""
+
+    def __call__(self, files, status=404, code=None):
+        requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append((self.path, self.headers.get("authorization")))
+                content = files.get(self.path)
+                self.send_response(status if content is None else 200)
+                if content is None and code:
+                    self.send_header("X-Error-Code", code)
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", '"1"')
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content or b"")
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}", requests
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    hub = Hub()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def test_a_repository_is_downloaded_once(hub, folder, tmp_path):
+    content = (folder / WEIGHT_NAME).read_bytes()
+    endpoint, requests = hub({f"/me/my-cat/resolve/main/{WEIGHT_NAME}": content})
+    path = find_concept_file("me/my-cat", endpoint=endpoint, token="hf_secret", cache_dir=tmp_path / "cache")
+    assert path.read_bytes() == content
+    assert path.is_relative_to(tmp_path / "cache")
+    assert PerfusionConcept.load(path).superclass == "cat"
+    assert requests and {token for _, token in requests} == {"Bearer hf_secret"}
+    requests.clear()
+    again = find_concept_file("me/my-cat", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert again == path
+    assert not requests
+
+
+def test_subfolder_name_and_revision_are_those_asked_for(hub):
+    endpoint, _ = hub({"/me/my-cat/resolve/v2/step-100/cat.safetensors": b"content"})
+    path = find_concept_file(Path("me/my-cat"), "cat.safetensors", "step-100", revision="v2", endpoint=endpoint)
+    assert path.read_bytes() == b"content"
+    assert path.parts[-2:] == ("step-100", "cat.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "match"),
+    [
+        (404, "RepoNotFound", ValueError, "'me/my-cat' is neither a file or folder here nor a Hub .*pass token="),
+        (401, "RepoNotFound", ValueError, "'me/my-cat' is neither a file or folder here nor a Hub .*pass token="),
+        (403, "GatedRepo", ValueError, "me/my-cat is gated; accept its conditions"),
+        (404, "RevisionNotFound", ValueError, "me/my-cat has no revision 'v9'"),
+        (404, "EntryNotFound", FileNotFoundError, f"me/my-cat has no {WEIGHT_NAME}; choose .*weight_name="),
+    ],
+)
+def test_each_refusal_of_the_hub_says_what_to_do(hub, status, code, error, match):
+    endpoint, requests = hub({}, status, code)
+    with pytest.raises(error, match=match):
+        find_concept_file("me/my-cat", endpoint=endpoint, revision="v9")
+    assert requests
+
+
+def test_a_pipeline_loads_from_the_hub(hub, folder, pipeline, monkeypatch):
+    endpoint, requests = hub({f"/me/my-cat/resolve/v1/step-1/{WEIGHT_NAME}": (folder / WEIGHT_NAME).read_bytes()})
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    pipeline.load_perfusion("me/my-cat", "rex", subfolder="step-1", revision="v1", token="hf_secret")
+    assert pipeline.list_perfusion() == ["rex"]
+    assert json.dumps(requests).count("hf_secret") == len(requests) > 0

@@ -1,0 +1,101 @@
+import dataclasses
+import json
+
+import pytest
+
+from diffusers_perfusion.training import FitConfig
+
+REQUIRED = {
+    "pretrained_model_name_or_path": "someone/model",
+    "instance_data_dir": "pictures",
+    "placeholder_token": "<my-cat>",
+    "superclass": "cat",
+}
+
+
+def test_every_setting_is_described():
+    for field in dataclasses.fields(FitConfig):
+        assert len(field.metadata["help"]) > 10, field.name
+        assert field.metadata["help"].endswith("."), field.name
+
+
+def test_what_must_be_given():
+    FitConfig(**REQUIRED)
+    for name in REQUIRED:
+        with pytest.raises(TypeError, match=name):
+            FitConfig(**{key: value for key, value in REQUIRED.items() if key != name})
+
+
+def test_defaults_are_the_paper_s():
+    config = FitConfig(**REQUIRED)
+    assert (config.value_learning_rate, config.embedding_learning_rate) == (0.03, 0.006)
+    assert (config.train_bias, config.train_temperature, config.train_batch_size) == (0.75, 0.1, 16)
+    assert config.random_flip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_batch_size", 0),
+        ("max_train_steps", 0),
+        ("gradient_accumulation_steps", -1),
+        ("num_validation_images", 0),
+        ("validation_steps", 0),
+        ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", 0),
+        ("resolution", 0),
+        ("embedding_learning_rate", -0.1),
+        ("value_learning_rate", float("nan")),
+        ("snr_gamma", -1),
+        ("lr_warmup_steps", -1),
+        ("seed", -1),
+        ("lr_scheduler", "piecewise_constant"),
+        ("lr_scheduler", "zigzag"),
+        ("train_bias", 2.5),
+        ("train_bias", float("nan")),
+        ("train_temperature", 0),
+        ("placeholder_token", ""),
+        ("placeholder_token", "my cat"),
+        ("superclass", " "),
+        ("validation_prompt", ["a <my-cat>", "a cat"]),
+    ],
+)
+def test_a_setting_out_of_range_is_named(name, value):
+    told = {"train_bias": "bias", "train_temperature": "temperature", "validation_prompt": "validation prompt 'a cat'"}
+    with pytest.raises(ValueError, match=told.get(name, name)):
+        FitConfig(**REQUIRED | {name: value})
+
+
+def test_learning_rate_sets_both():
+    config = FitConfig(**REQUIRED, learning_rate=0.01)
+    assert config.value_learning_rate == 0.01
+    assert config.embedding_learning_rate == pytest.approx(0.002)
+
+
+def test_base_model_is_an_id_or_the_last_part_of_a_folder(tmp_path, monkeypatch):
+    assert FitConfig(**REQUIRED).base_model == "someone/model"
+    (tmp_path / "pocket").mkdir()
+    folder = REQUIRED | {"pretrained_model_name_or_path": str(tmp_path / "pocket")}
+    assert FitConfig(**folder).base_model == "pocket"
+    monkeypatch.chdir(tmp_path / "pocket")
+    assert FitConfig(**REQUIRED | {"pretrained_model_name_or_path": "."}).base_model == "pocket"
+
+
+def test_the_recipe_is_what_decides_the_result():
+    where_and_how_long = {
+        "output_dir",
+        "max_train_steps",
+        "validation_prompt",
+        "num_validation_images",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "report_to",
+        "logging_dir",
+    }
+    recipe = FitConfig(**REQUIRED, seed=7).recipe()
+    names = {field.name for field in dataclasses.fields(FitConfig)}
+    assert recipe.keys() == names - where_and_how_long
+    assert json.loads(json.dumps(recipe)) == recipe
+    assert (recipe["seed"], recipe["superclass"]) == (7, "cat")

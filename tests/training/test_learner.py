@@ -1,0 +1,321 @@
+import pytest
+import torch
+from conftest import WIDTH
+from diffusers import DDIMScheduler
+
+from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.text import TEMPLATES, superclass_input
+from diffusers_perfusion.training import FitConfig, make_accelerator
+from diffusers_perfusion.training.data import Subject
+from diffusers_perfusion.training.learner import NAME, Learner
+
+WORD = "<my-cat>"
+
+
+@pytest.fixture
+def c_inv():
+    e = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return torch.linalg.inv(e.T @ e / len(e))
+
+
+@pytest.fixture
+def make_learner(pipeline, fit_settings, c_inv):
+    """Make a learner on the tiny pipeline, of which there can be one at a time."""
+
+    def make(**settings):
+        pipeline.unload_perfusion()
+        for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            model.requires_grad_(False)
+        generator = torch.Generator().manual_seed(9)
+        latents = torch.randn(3, 4, 8, 8, generator=generator)
+        masks = torch.rand(3, 1, 8, 8, generator=generator)
+        config = FitConfig(**fit_settings | settings)
+        return Learner(pipeline, config, make_accelerator(config), Subject(latents, masks), c_inv)
+
+    return make
+
+
+def record_gradients(learner):
+    """A list that gets the gradients of each optimizer step, by parameter."""
+    steps, step = [], learner.optimizer.step
+
+    def record():
+        steps.append({name: parameter.grad.clone() for name, parameter in learner.parameters.items()})
+        step()
+
+    learner.optimizer.step = record
+    return steps
+
+
+def numbers(learner):
+    """All that is learned, as it stands."""
+    learned = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
+    return learned | {"target_input": learner.concept.target_input.clone()}
+
+
+def assert_close(found, expected, rtol=1e-4, atol=1e-5):
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@torch.no_grad()
+def test_it_starts_at_the_super_category(make_learner, pipeline, c_inv):
+    i_super = superclass_input(pipeline.tokenizer, pipeline.text_encoder, "teddy bear")
+    embeddings = pipeline.text_encoder.get_input_embeddings().weight
+    teddy, bear = pipeline.tokenizer("teddy bear", add_special_tokens=False).input_ids
+    assert teddy != bear
+    concept = make_learner(superclass="teddy bear").concept
+    assert torch.equal(concept.word_embedding, embeddings[bear])
+    assert torch.equal(concept.target_input, i_super)
+    assert torch.equal(concept.superclass_input, i_super)
+    torch.testing.assert_close(concept.inverse_target_input, (c_inv @ i_super.double()).float())
+    for name, layer in cross_attention_layers(pipeline.unet).items():
+        torch.testing.assert_close(concept.target_outputs[name], layer.to_v(i_super))
+
+
+def test_only_the_word_and_the_values_learn(make_learner, pipeline):
+    learner = make_learner()
+    gradients = record_gradients(learner)
+    before = numbers(learner)
+    learner.step(0)
+    layers = {f"target_outputs.{name}" for name in cross_attention_layers(pipeline.unet)}
+    assert learner.parameters.keys() == layers | {"word_embedding"}
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, name
+        assert torch.isfinite(gradient).all(), name
+        assert not torch.equal(learner.parameters[name], before[name])
+    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["word_embedding", "target_outputs.down_blocks.0.attentions.0.transformer_blocks.0.attn2"])
+def test_gradients_are_those_of_the_loss(make_learner, name):
+    still = {"value_learning_rate": 0.0, "embedding_learning_rate": 0.0}
+    learner = make_learner(**still)
+    gradients = record_gradients(learner)
+    learner.step(0)
+    gradient = gradients[0][name]
+
+    def loss(move):
+        learner = make_learner(**still)
+        learner.parameters[name].data += move * gradient / gradient.norm()
+        return learner.step(0)
+
+    assert (loss(1e-2) - loss(-1e-2)) / 2e-2 == pytest.approx(float(gradient.norm()), rel=0.03)
+
+
+@torch.no_grad()
+def mean_encoding(pipeline, prompts):
+    """The mean encoding at the concept's word over prompts with templates by number."""
+    ids = pipeline.tokenizer(
+        [TEMPLATES[i].format(WORD) for i in prompts], padding="max_length", return_tensors="pt"
+    ).input_ids
+    at_word = ids == pipeline.tokenizer.convert_tokens_to_ids(WORD)
+    assert at_word.sum(1).eq(1).all()
+    return pipeline.text_encoder(ids).last_hidden_state[at_word].mean(0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_target_input_moves_once_a_step(make_learner, pipeline, c_inv, accumulation):
+    learner = make_learner(gradient_accumulation_steps=accumulation)
+    for index in range(3):
+        prompts = learner._draw(index)[1].tolist()
+        assert len(prompts) == 4 * accumulation
+        expected = 0.99 * learner.concept.target_input + 0.01 * mean_encoding(pipeline, prompts)
+        learner.step(index)
+        torch.testing.assert_close(learner.concept.target_input, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            learner.concept.inverse_target_input, (c_inv @ expected.double()).float(), rtol=1e-4, atol=1e-4
+        )
+        assert not learner.concept.target_input.requires_grad
+
+
+def test_a_step_sees_what_its_seed_and_number_say(make_learner):
+    def losses(seed, indices):
+        learner = make_learner(seed=seed, value_learning_rate=0.0, embedding_learning_rate=0.0)
+        return [learner.step(index) for index in indices]
+
+    (first, second), again = losses(0, [0, 1]), losses(0, [1])
+    assert second == pytest.approx(again[0], rel=1e-3)  # i* has moved a little
+    assert abs(first - second) > 0.01
+    assert abs(losses(1, [1])[0] - second) > 0.01
+
+
+def test_accumulated_batches_are_one_batch(make_learner):
+    results = []
+    for settings in (
+        {"train_batch_size": 8},
+        {"gradient_accumulation_steps": 2, "train_batch_size": 4},
+        {"gradient_accumulation_steps": 2, "train_batch_size": 8},
+    ):
+        learner = make_learner(**settings)
+        losses = [learner.step(index) for index in range(3)]
+        results.append((losses, numbers(learner)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
+    assert results[2][0] != pytest.approx(results[0][0], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_learner, pipeline):
+    gradients = []
+    for on in (False, True):
+        learner = make_learner()
+        if on:
+            pipeline.unet.enable_gradient_checkpointing()
+        steps = record_gradients(learner)
+        learner.step(0)
+        learner.step(1)
+        gradients.append(steps)
+    for plain, saving in zip(*gradients, strict=True):
+        assert_close(saving, plain, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_falls(make_learner, pipeline, kind):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=kind)
+    for layer in cross_attention_layers(pipeline.unet).values():
+        layer.to_out[0].weight.data *= 10  # or the text hardly matters to a UNet with initial weights
+    learner = make_learner(superclass="teddy bear", snr_gamma=0)
+    losses = [learner.step(0) for _ in range(40)]  # the same pictures, noises and prompts each time
+    print(losses)
+    assert losses[-1] < 0.97 * losses[0]
+    assert sorted(losses, reverse=True)[:3] == losses[:3]
+
+
+def test_the_loss_is_weighted_by_noise_and_by_masks(make_learner):
+    still = {"value_learning_rate": 0.0, "embedding_learning_rate": 0.0}
+    plain = make_learner(**still, snr_gamma=0).step(0)
+    assert make_learner(**still, snr_gamma=5).step(0) != pytest.approx(plain, rel=1e-2)
+    assert make_learner(**still, snr_gamma=1e9).step(0) == pytest.approx(plain, rel=1e-5)
+    learner = make_learner(**still, snr_gamma=0)
+    learner.subject.masks[...] = 1
+    assert learner.step(0) != pytest.approx(plain, rel=1e-3)
+
+
+def test_the_gate_is_that_of_the_training_settings(make_learner):
+    still = {"value_learning_rate": 0.0, "embedding_learning_rate": 0.0}
+    plain = make_learner(**still).step(0)
+    assert make_learner(**still, train_bias=1.2).step(0) != pytest.approx(plain, rel=1e-4)
+    assert make_learner(**still, train_temperature=0.5).step(0) != pytest.approx(plain, rel=1e-4)
+
+
+def test_gradients_of_nothing_but_zeros_are_an_error(make_learner, pipeline):
+    for layer in cross_attention_layers(pipeline.unet).values():
+        layer.to_out[0].weight.data.zero_()
+    with pytest.raises(RuntimeError, match="gradients of the first step are all zero"):
+        make_learner().step(0)
+
+
+def test_gradients_that_are_not_finite_are_an_error(make_learner, pipeline):
+    pipeline.unet.conv_out.weight.data[0, 0] = torch.inf
+    with pytest.raises(RuntimeError, match="gradients of the first step are not finite"):
+        make_learner().step(0)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_at_any_step(make_learner, pipeline):
+    learner = make_learner()
+    learner.step(0)
+    pipeline.unet.conv_out.weight.data[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="the loss of step 2 is nan"):
+        learner.step(1)
+
+
+def rates(learner, steps):
+    """Learning rates of the values and of the word in each step."""
+    found = []
+    for index in range(steps):
+        learner.step(index)
+        found.append([group["lr"] for group in learner.optimizer.param_groups])
+    return torch.tensor(found)
+
+
+def test_learning_rates_rise_and_stay(make_learner):
+    found = rates(make_learner(lr_warmup_steps=4), 6)
+    expected = torch.tensor([0.25, 0.5, 0.75, 1, 1, 1])
+    torch.testing.assert_close(found[:, 0], 0.03 * expected)
+    torch.testing.assert_close(found[:, 1], 0.006 * expected)
+
+
+def test_learning_rates_follow_the_schedule(make_learner):
+    linear = rates(make_learner(lr_scheduler="linear", max_train_steps=8), 4)
+    torch.testing.assert_close(linear[:, 0], 0.03 * torch.tensor([7, 6, 5, 4]) / 8)
+    cosine = rates(make_learner(lr_scheduler="cosine", max_train_steps=8), 4)
+    torch.testing.assert_close(cosine[3], torch.tensor([0.015, 0.003]))
+
+
+def test_each_parameter_has_the_learning_rate_of_its_kind(make_learner):
+    learner = make_learner(value_learning_rate=0.01, embedding_learning_rate=0.002)
+    before = numbers(learner)
+    learner.step(0)
+    for name, parameter in learner.parameters.items():
+        moved = (parameter.detach() - before[name]).abs().max()  # Adam's first step is the learning rate itself
+        assert float(moved) == pytest.approx(0.002 if name == "word_embedding" else 0.01, rel=0.01)
+
+
+def test_scaled_learning_rates(make_learner):
+    found = rates(make_learner(scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3), 1)
+    torch.testing.assert_close(found[0], 6 * torch.tensor([0.03, 0.006]))
+
+
+def test_half_precision_is_near_full_precision(make_learner, pipeline, fresh_accelerate):
+    learner = make_learner(mixed_precision="no")
+    steps = [record_gradients(learner)]
+    losses = [[learner.step(0)]]
+    type(learner.accelerator.state)._reset_state(reset_partial_state=True)
+    learner = make_learner(mixed_precision="bf16")
+    pipeline.unet.to(torch.bfloat16)
+    steps.append(record_gradients(learner))
+    losses.append([learner.step(0)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0]
+    full, half = (torch.cat(list(step[0].values())) for step in steps)
+    assert torch.cosine_similarity(full, half, dim=0) > 0.98
+    assert half.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in learner.parameters.values())
+
+
+def test_what_was_learned_is_a_concept_of_its_own(make_learner):
+    learner = make_learner(pretrained_model_name_or_path="someone/model")
+    learner.step(0)
+    concept = learner.result(steps=1)
+    before = numbers(learner)
+    assert torch.equal(concept.word_embedding, before["word_embedding"])
+    assert torch.equal(concept.target_input, before["target_input"])
+    assert not concept.word_embedding.requires_grad
+    assert (concept.base_model, concept.training) == ("someone/model", {"steps": 1})
+    kept = concept.word_embedding.clone(), concept.target_input.clone()
+    learner.step(1)
+    assert torch.equal(concept.word_embedding, kept[0]) and torch.equal(concept.target_input, kept[1])
+    assert learner.pipeline.get_active_perfusion() == [NAME]
+
+
+def test_a_learner_goes_on_where_another_was(make_learner):
+    learner = make_learner()
+    for index in range(2):
+        learner.step(index)
+    state = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+    for index in range(2, 4):
+        learner.step(index)
+    unbroken = numbers(learner)
+
+    learner = make_learner()
+    learner.load_state_dict(state)
+    for index in range(2, 4):
+        learner.step(index)
+    assert_close(numbers(learner), unbroken, rtol=0, atol=0)
+
+
+def test_the_state_of_another_model_is_refused(make_learner):
+    learner = make_learner()
+    learner.step(0)
+    state = learner.state_dict()
+    for wrong in (
+        {name: tensor for name, tensor in state.items() if name != "target_input"},
+        {name: tensor for name, tensor in state.items() if not name.startswith("adam.exp_avg.")},
+        state | {"word_embedding": torch.zeros(7)},
+    ):
+        with pytest.raises(ValueError, match="of another concept or model"):
+            make_learner().load_state_dict(wrong)
