@@ -1,0 +1,15 @@
+"""How well a concept does: its pictures against the prompt, against the subject, and against the base model's."""
+
+from .encoders import ClipEncoder, IdentityEncoder
+from .metrics import Mean, bootstrap_mean, drift, picture_similarity, superclass_prompt, text_alignment
+
+__all__ = [
+    "ClipEncoder",
+    "IdentityEncoder",
+    "Mean",
+    "bootstrap_mean",
+    "drift",
+    "picture_similarity",
+    "superclass_prompt",
+    "text_alignment",
+]

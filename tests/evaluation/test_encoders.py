@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
+
+TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory, tokenizer_folder):
+    """A random CLIP in half precision, as a folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    text = {
+        **TINY,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_factor": 5.0,
+    }
+    vision = {**TINY, "image_size": 16, "patch_size": 4, "initializer_factor": 5.0}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["dinov2", "vit"])
+def identity_folder(request, tmp_path_factory):
+    """A random vision transformer in half precision, as a folder."""
+    folder = tmp_path_factory.mktemp("identity")
+    torch.manual_seed(0)
+    if request.param == "dinov2":
+        model = Dinov2Model(
+            Dinov2Config(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=4
+            )
+        )
+    else:
+        model = ViTModel(ViTConfig(**TINY, image_size=16, patch_size=4))
+    model.half().save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clip(clip_folder):
+    return ClipEncoder.from_pretrained(str(clip_folder))
+
+
+@pytest.fixture
+def pictures():
+    """More than two batches of noise, of different shapes and modes."""
+    random = np.random.default_rng(0)
+    sizes = [(16, 16), (24, 16), (20, 28)]
+    made = [Image.fromarray(random.integers(0, 256, (*sizes[n % 3], 3), dtype=np.uint8)) for n in range(130)]
+    return [made[0].convert("L"), made[1].convert("RGBA"), *made[2:]]
+
+
+def test_rows_are_unit_vectors_in_float32(clip, identity_folder, pictures):
+    identity = IdentityEncoder.from_pretrained(str(identity_folder))
+    for rows, width in (
+        (clip.encode_pictures(pictures), 24),
+        (clip.encode_texts(["a cat", "a dog on the beach"]), 24),
+        (identity.encode_pictures(pictures), 32),
+    ):
+        assert rows.shape[1] == width and rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
+
+
+def test_a_picture_is_encoded_alike_in_any_company(clip, identity_folder, pictures):
+    identity = IdentityEncoder.from_pretrained(str(identity_folder))
+    for encoder in (clip, identity):
+        together = encoder.encode_pictures(pictures)
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(1))
+        shuffled = encoder.encode_pictures([pictures[n] for n in order])
+        torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoder.encode_pictures(pictures[99:100]), together[99:100], atol=1e-5, rtol=0)
+
+
+def test_a_text_is_encoded_alike_in_any_company(clip):
+    texts = ["a cat", "a photo of the teddy bear on the beach", "a dog"]
+    together = clip.encode_texts(texts)
+    for n, text in enumerate(texts):
+        torch.testing.assert_close(clip.encode_texts([text]), together[n : n + 1], atol=1e-5, rtol=0)
+
+
+def test_embeddings_are_those_of_the_models_own_forward(clip, pictures):
+    texts = ["a cat", "a dog on the beach"]
+    tokens = clip.tokenizer(texts, padding=True, return_tensors="pt")
+    pixels = clip.image_processor(images=pictures[2:4], return_tensors="pt").pixel_values
+    output = clip.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
+    torch.testing.assert_close(clip.encode_texts(texts), output.text_embeds)
+    torch.testing.assert_close(clip.encode_pictures(pictures[2:4]), output.image_embeds)
+
+
+def test_identity_is_the_cls_embedding(identity_folder, pictures):
+    identity = IdentityEncoder.from_pretrained(str(identity_folder))
+    pixels = identity.image_processor(images=pictures[2:5], return_tensors="pt").pixel_values
+    cls = identity.model(pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(
+        identity.encode_pictures(pictures[2:5]), torch.nn.functional.normalize(cls, dim=-1), atol=1e-5, rtol=0
+    )
+
+
+def test_a_text_that_is_too_long_is_cut(clip):
+    long = "a cat on the beach " * 20
+    torch.testing.assert_close(clip.encode_texts([long]), clip.encode_texts([long + "a dog"]))
+
+
+def test_nothing_to_encode_is_an_error(clip):
+    with pytest.raises(ValueError, match="at least one"):
+        clip.encode_pictures([])
+    with pytest.raises(ValueError, match="at least one"):
+        clip.encode_texts([])
+
+
+def test_no_graph_is_kept(clip, pictures):
+    assert not clip.encode_pictures(pictures[:2]).requires_grad
+    assert not clip.encode_texts(["a cat"]).requires_grad
