@@ -1,0 +1,47 @@
+"""Encode the scenes with the VAE and the captions with the tokenizer, once for all steps of the UNet.
+
+    python examples/pocket/recipe/encode_latents.py --data_dir data --tokenizer pocket/tokenizer --vae pocket/vae
+
+Writes `latents.npy`, `(count, 4, 16, 16)` scaled, in fp16, and `tokens.npy`, `(count, 32)`, into the data folder.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from files import save_array
+from tqdm import trange
+from train_vae import to_input
+from transformers import CLIPTokenizer
+
+BATCH = 100
+
+
+@torch.no_grad()
+def main(args=None):
+    """Encode both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True, help="What scenes.py wrote.")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--vae", required=True)
+    arguments = parser.parse_args(args)
+
+    pictures = np.load(arguments.data_dir / "scenes.npy", mmap_mode="r")
+    vae = AutoencoderTiny.from_pretrained(arguments.vae).float().to(memory_format=torch.channels_last)
+    latents = []
+    for start in trange(0, len(pictures), BATCH, mininterval=10):
+        with torch.autocast("cpu", torch.bfloat16):
+            encoded = vae.encode(to_input(pictures[start : start + BATCH])).latents
+        latents.append((encoded.float() * vae.config.scaling_factor).half().numpy())
+    save_array(arguments.data_dir / "latents.npy", np.concatenate(latents))
+
+    tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer)
+    captions = (arguments.data_dir / "captions.txt").read_text().splitlines()
+    tokens = tokenizer(captions, padding="max_length", truncation=True).input_ids
+    save_array(arguments.data_dir / "tokens.npy", np.array(tokens, np.int16))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The stages of examples/pocket/recipe, cut short, from sprites to a pipeline that draws and evaluators that judge."""
+
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import encode_latents
+import evaluator_scenes
+import export
+import icons
+import numpy as np
+import pytest
+import rasterise
+import scenes
+import torch
+import train_clip
+import train_identity
+import train_tokenizer
+import train_unet
+import train_vae
+import world
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
+
+CAPTIONS = 48
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    return icons.load_sprites(scenes.HERE / "sprites.npz")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder in which every stage has run, with few scenes and few steps."""
+    folder = tmp_path_factory.mktemp("pocket")
+    data, tokenizer, vae, trained = (str(folder / name) for name in ("data", "tokenizer", "vae", "trained"))
+    scenes.main(["--count", str(CAPTIONS), "--output_dir", data])
+    train_tokenizer.main(["--data_dir", data, "--output_dir", tokenizer])
+    train_vae.main(["--data_dir", data, "--steps", "2", "--batch", "2", "--output_dir", vae])
+    encode_latents.main(["--data_dir", data, "--tokenizer", tokenizer, "--vae", vae])
+    unet = ["--data_dir", data, "--tokenizer", tokenizer, "--batch", "2", "--output_dir", trained]
+    train_unet.main([*unet, "--steps", "2"])
+    parts = ["--tokenizer", tokenizer, "--vae", vae, "--trained", trained]
+    export.main([*parts, "--output_dir", str(folder / "model")])
+    some = ["--pairs", "4", "--renditions", "1", "--views", "2"]
+    evaluator_scenes.main(["--vae", vae, *some, "--output_dir", data])
+    clip = ["--data_dir", data, "--tokenizer", tokenizer, "--steps", "2", "--pairs", "2"]
+    train_clip.main([*clip, "--output_dir", str(folder / "clip")])
+    identity = ["--data_dir", data, "--steps", "2", "--batch", "4"]
+    train_identity.main([*identity, "--output_dir", str(folder / "identity")])
+    return SimpleNamespace(folder=folder, data=folder / "data", unet=unet)
+
+
+def test_the_exported_folder_is_a_pipeline_that_draws(built):
+    pipeline = StableDiffusionPipeline.from_pretrained(built.folder / "model").to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("a cat on the beach", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (3, 64, 64) and image.isfinite().all()
+    assert {
+        p.dtype for p in load_file(built.folder / "model" / "vae" / "diffusion_pytorch_model.safetensors").values()
+    } == {torch.float16}
+
+
+def test_the_evaluators_load_like_any_other(built):
+    pictures = [Image.new("RGB", (80, 64), colour) for colour in ("red", "blue")]
+    clip = ClipEncoder.from_pretrained(str(built.folder / "clip"))
+    assert clip.encode_pictures(pictures).shape == clip.encode_texts(["a cat", "a dog"]).shape
+    assert IdentityEncoder.from_pretrained(str(built.folder / "identity")).encode_pictures(pictures).isfinite().all()
+
+
+def test_an_evaluator_sees_pictures_as_it_did_in_training(built, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    processor = ClipEncoder.from_pretrained(str(built.folder / "clip")).image_processor
+    seen = processor(images=Image.fromarray(pixels), return_tensors="pt").pixel_values
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 0.5))  # no mirror, contrast 1, brightness 0
+    torch.testing.assert_close(seen, train_clip.augment(pixels[None]))
+
+
+def test_latents_and_tokens_are_those_of_the_scenes(built):
+    pictures, latents, tokens = (np.load(built.data / f"{name}.npy") for name in ("scenes", "latents", "tokens"))
+    captions = (built.data / "captions.txt").read_text().splitlines()
+    assert pictures.shape == (CAPTIONS, 64, 64, 3) and len(captions) == CAPTIONS
+    assert latents.shape == (CAPTIONS, 4, 16, 16) and latents.std() == pytest.approx(1, abs=0.1)
+    tokenizer = train_tokenizer.CLIPTokenizer.from_pretrained(built.folder / "tokenizer")
+    assert [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens] == captions
+
+
+def test_the_tokenizer_knows_the_worlds_words_and_every_byte(built):
+    tokenizer = train_tokenizer.CLIPTokenizer.from_pretrained(built.folder / "tokenizer")
+    assert tokenizer.tokenize("a photo of a") == ["a</w>", "photo</w>", "of</w>", "a</w>"]
+    assert tokenizer.decode(tokenizer("zèbre ☂").input_ids, skip_special_tokens=True).strip() == "zèbre ☂"
+
+
+def test_the_unet_goes_on_from_where_it_was_stopped(built, tmp_path, monkeypatch):
+    command = [*built.unet[:-1], str(tmp_path), "--steps", "4"]
+    take_step, taken = train_unet.Optimiser.step, []
+
+    def step(self, loss):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(loss)
+        take_step(self, loss)
+
+    monkeypatch.setattr(train_unet, "SAVE_EVERY", 2)
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stopping.setattr(train_unet.Optimiser, "step", step)
+        train_unet.main(command)
+    state = torch.load(tmp_path / "state.pt")
+    train_unet.main(command)
+    later = torch.load(tmp_path / "state.pt")
+    assert (state["step"], later["step"]) == (2, 4)
+    moved = [(state["unet"][name] - later["unet"][name]).abs().max() for name in state["unet"]]
+    assert 0 < max(moved) < 0.01  # from the weights it had, and not from new ones
+
+
+def test_the_saved_unet_is_the_moving_average(built):
+    state = torch.load(built.folder / "trained" / "state.pt")
+    saved = train_unet.UNet2DConditionModel.from_pretrained(built.folder / "trained" / "unet")
+    for (name, value), average in zip(saved.named_parameters(), state["average"], strict=False):
+        torch.testing.assert_close(value, average)
+        assert name in state["unet"]
+    assert not torch.equal(saved.conv_in.weight, state["unet"]["conv_in.weight"])
+
+
+def test_pairs_of_scenes_differ_in_one_phrase(built, sprites):
+    rng = random.Random(0)
+    for _ in range(200):
+        one, other = evaluator_scenes.clip_pair(sprites, rng)
+        assert one.caption != other.caption
+        differing = [field for field in vars(one) if getattr(one, field) != getattr(other, field)]
+        assert len(differing) == 1
+    lines = [json.loads(line) for line in (built.data / "clip.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and all(line["caption"] not in line["changed"].values() for line in lines)
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_a_change_is_of_one_kind_alone(kind, sprites):
+    rng = random.Random(0)
+    for _ in range(100):
+        scene = world.give(world.sample_scene(sprites, rng), kind, sprites, rng)
+        changed = world.change(scene, kind, sprites, rng)
+        assert kind in world.kinds_of(scene) and changed.caption != scene.caption
+        assert world.kinds_of(changed) == world.kinds_of(scene)
+        if kind == "place":
+            assert world.BACKDROPS[changed.place] is not world.BACKDROPS[scene.place]
+
+
+def test_captions_are_as_frequent_as_the_models_own(sprites):
+    """Against the captions that the shipped model was trained on: each phrase within five deviations."""
+    known = (scenes.HERE.parent / "captions.txt").read_text().splitlines()
+    rng = random.Random(0)
+    made = [world.sample_scene(sprites, rng).caption for _ in known]
+    phrases = [" on top of", " next to ", " wearing a top hat", "a black and white photo of", "pixel art of", " blue "]
+    phrases += ["an image of", " on a pink background", " in the woods", " teddy bear", "an owl", " at night"]
+    for phrase in phrases:
+        counts = [sum(phrase in caption for caption in captions) for captions in (known, made)]
+        assert abs(counts[0] - counts[1]) < 5 * sum(counts) ** 0.5, phrase
+    assert len({len(caption.split()) for caption in known} ^ {len(caption.split()) for caption in made}) <= 3
+
+
+def test_scenes_show_what_their_captions_say(sprites):
+    cat = world.Thing("cat", "noto")
+    draws = {}
+    for name, scene in {
+        "cat": world.Scene(cat, "on a white background"),
+        "hat": world.Scene(world.replace(cat, worn="top-hat"), "on a white background"),
+        "blue": world.Scene(world.replace(cat, colour="blue"), "on a white background"),
+        "grey": world.Scene(cat, "on a white background", opening=world.BLACK_AND_WHITE),
+        "two": world.Scene(cat, "on a white background", "and", world.Thing("bus", "noto")),
+    }.items():
+        draws[name] = np.mean([scene.draw(sprites, random.Random(n)) for n in range(20)], axis=0)
+    red, blue = (draws["blue"] - draws["cat"])[20:44, 20:44].mean((0, 1))[[0, 2]]
+    assert blue > red + 20
+    assert np.ptp(draws["grey"], axis=-1).max() == 0
+    assert draws["hat"][4:12, 28:36].mean() < draws["cat"][4:12, 28:36].mean() - 20
+    assert draws["two"][28:44, 50:58].mean() < draws["cat"][28:44, 50:58].mean() - 20
+
+
+def test_another_look_is_another_thing(sprites):
+    rng = random.Random(0)
+    for icon in ("panda", "frog"):  # one without a hue to turn, one with
+        thing = world.Thing(icon, "noto")
+        other = evaluator_scenes.another_look(sprites, thing, rng)
+        a, b = (np.asarray(t.draw(sprites, random.Random(0))[0], float) for t in (thing, other))
+        assert np.abs(a - b)[a[..., 3] > 100][:, :3].mean() > evaluator_scenes.DIFFERENT
+
+
+def test_invented_renditions_are_new_shapes_of_the_same_icon(sprites):
+    few = {icon: {"noto": renditions["noto"]} for icon, renditions in sprites.items()}
+    more = evaluator_scenes.invent_renditions(few, 2, np.random.default_rng(0))
+    assert set(more["cat"]) == {"noto", "noto~0", "noto~1"} and set(more["crown"]) == {"noto"}
+    for name in ("noto~0", "noto~1"):
+        assert more["cat"][name].shape == more["cat"]["noto"].shape and more["cat"][name].dtype == np.uint8
+        assert np.abs(more["cat"][name].astype(int) - more["cat"]["noto"]).mean() > 2
+
+
+def test_icons_become_sprites(tmp_path, monkeypatch):
+    """resvg is not needed here: it is replaced by one that draws a box as wide as the SVG's text is long."""
+
+    def svg_to_bytes(svg_string):
+        drawn = Image.new("RGBA", (96, 96))
+        ImageDraw.Draw(drawn).rectangle([10, 20, 10 + len(svg_string) % 40, 60], fill="red")
+        with (tmp_path / "drawn.png").open("wb") as file:
+            drawn.save(file, "png")
+        return (tmp_path / "drawn.png").read_bytes()
+
+    monkeypatch.setitem(sys.modules, "resvg_py", SimpleNamespace(svg_to_bytes=svg_to_bytes))
+    for rendition in (*icons.BASE_RENDITIONS, icons.CONCEPT_RENDITION):
+        (tmp_path / rendition).mkdir()
+        names = [*icons.NOUNS, *icons.WORN]
+        collection = {
+            "icons": {name: {"body": name} for name in names[1:]},
+            "aliases": {names[0]: {"parent": names[1]}},
+        }
+        if rendition == "noto-v1":
+            del collection["icons"]["chair"]
+        (tmp_path / rendition / "icons.json").write_text(json.dumps(collection))
+    rasterise.main(["--icons_dir", str(tmp_path), "--output", str(tmp_path / "sprites.npz")])
+    sprites = icons.load_sprites(tmp_path / "sprites.npz")
+    assert set(sprites["chair"]) == {"noto", "twemoji", "fluent-emoji-flat"}
+    assert np.array_equal(sprites["cat"]["noto"], sprites["dog"]["noto"])  # the alias
+    assert sprites["cat"]["noto"].shape == (80, 80, 4)
+    assert sprites["cat"]["noto"][40, 40].tolist() == [255, 0, 0, 255]
