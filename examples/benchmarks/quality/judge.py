@@ -73,6 +73,12 @@ def without(scene, kind):
     return replace(scene, subject=replace(scene.subject, worn=None), companion=companion)
 
 
+def drawn_from(sprites, seed=1):
+    """A function from scenes to their true pictures."""
+    rng = random.Random(seed)
+    return lambda scenes: [scene.draw(sprites, rng) for scene in scenes]
+
+
 def share(hits):
     """A share of hits with its interval."""
     return bootstrap_mean(hits.float(), resamples=2000)._asdict()
@@ -175,7 +181,10 @@ def main(args=None):
     parser.add_argument("--pretrained_model_name_or_path", default=str(POCKET))
     parser.add_argument("--clip", default=str(POCKET / "evaluators" / "clip"))
     parser.add_argument("--identity", default=str(POCKET / "evaluators" / "identity"))
-    parser.add_argument("--scenes", type=int, default=200, help="Scenes for each kind of word.")
+    parser.add_argument("--scenes", type=int, default=400, help="Scenes for each kind of word.")
+    parser.add_argument(
+        "--drawn", type=int, default=100, help="Of the pocket model's own pictures, for each kind of word."
+    )
     parser.add_argument("--views", type=int, default=8, help="Pictures for each noun and row.")
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args(args)
@@ -186,17 +195,13 @@ def main(args=None):
     held_out = load_sprites(POCKET / "recipe" / "sprites.npz", [CONCEPT_RENDITION])
     held_out |= {icon: seen[icon] for icon in WORN}  # what is worn is what the pocket model can draw
 
-    def drawn_from(sprites):
-        rng = random.Random(1)
-        return lambda scenes: [scene.draw(sprites, rng) for scene in scenes]
-
     report = {
         "identity": judge_identity(identity, base, held_out, seen, arguments.views),
         "clip": {
             "scenes of seen things": judge_clip(clip, drawn_from(seen), seen, arguments.scenes),
             "scenes of held-out things": judge_clip(clip, drawn_from(held_out), held_out, arguments.scenes),
             "the pocket model's pictures": judge_clip(
-                clip, lambda scenes: base.draw([scene.caption for scene in scenes]), seen, arguments.scenes
+                clip, lambda scenes: base.draw([scene.caption for scene in scenes]), seen, arguments.drawn
             ),
         },
     }
