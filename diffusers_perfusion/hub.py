@@ -37,9 +37,9 @@ def find_concept_file(
         ValueError: if `source` is neither a file, a folder nor the id of a repository that can be read.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, no error for what cannot be a path
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / (subfolder or "") / weight_name
         if not path.is_file():
             held = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors"))) or "no safetensors file"
