@@ -78,7 +78,7 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="What evaluator_scenes.py wrote.")
     parser.add_argument("--tokenizer", required=True, help="Folder of the pocket tokenizer.")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--pairs", type=int, default=64, help="Pairs of scenes in a batch.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)

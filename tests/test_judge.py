@@ -1,0 +1,107 @@
+"""The evaluators beside the pocket model, and the report on how far to trust them."""
+
+import importlib.util
+from pathlib import Path
+
+import icons
+import pytest
+import scenes
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor, Dinov2Model
+
+from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EVALUATORS = EXAMPLES / "pocket" / "evaluators"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    spec = importlib.util.spec_from_file_location("judge", EXAMPLES / "benchmarks" / "quality" / "judge.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    """Those that the evaluators have seen, and those held out, who wear what has been seen."""
+    path = scenes.HERE / "sprites.npz"
+    seen = icons.load_sprites(path)
+    return seen, icons.load_sprites(path, [icons.CONCEPT_RENDITION]) | {icon: seen[icon] for icon in icons.WORN}
+
+
+class BlankModel:
+    """A base model that draws nothing."""
+
+    def draw(self, captions):
+        return [Image.new("RGB", (64, 64), "white") for _ in captions]
+
+
+def test_the_evaluators_load_as_transformers_does():
+    processor = CLIPProcessor.from_pretrained(EVALUATORS / "clip")
+    inputs = processor(text=["a cat"], images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+    assert CLIPModel.from_pretrained(EVALUATORS / "clip").float()(**inputs).logits_per_image.isfinite().all()
+    model = AutoModel.from_pretrained(EVALUATORS / "identity")
+    pixels = AutoImageProcessor.from_pretrained(EVALUATORS / "identity")(
+        Image.new("RGB", (64, 64)), return_tensors="pt"
+    )
+    assert isinstance(model, Dinov2Model) and model.float()(**pixels).pooler_output.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["clip", "identity"])
+def test_the_evaluators_are_small(name):
+    assert (EVALUATORS / name / "model.safetensors").stat().st_size < 6e6
+
+
+def test_clip_tells_one_word_in_scenes_of_things_it_has_not_seen(judge, sprites):
+    _, held_out = sprites
+    clip = ClipEncoder.from_pretrained(str(EVALUATORS / "clip"))
+    draw = judge.drawn_from(held_out)
+    rows = judge.judge_clip(clip, draw, held_out, count=40)
+    assert len(rows) == len(judge.KINDS) + len(judge.LEFT_OUT)
+    for name, row in rows.items():
+        assert 0.5 <= row["low"] <= row["mean"] <= row["high"] <= 1, name
+    # The report gives figures from more scenes; what is asked here is that a broken evaluator is noticed.
+    assert min(row["mean"] for row in rows.values()) > 0.6
+
+
+def test_identity_is_highest_for_the_same_thing(judge, sprites):
+    seen, held_out = sprites
+    identity = IdentityEncoder.from_pretrained(str(EVALUATORS / "identity"))
+    report = judge.judge_identity(identity, BlankModel(), held_out, seen, count=2)
+    means = {name: row["mean"] for name, row in report.items()}
+    assert max(means, key=means.get) == "the same thing"
+    assert means["another rendition of the noun"] > means["another noun"]
+    assert all(0 <= row["below the same thing"] <= 1 for name, row in report.items() if name != "the same thing")
+
+
+def test_a_judge_that_cannot_see_is_right_half_the_time(judge, sprites):
+    seen, _ = sprites
+
+    class Guess:
+        def encode_pictures(self, pictures):
+            return torch.nn.functional.normalize(torch.randn(len(pictures), 8), dim=-1)
+
+        encode_texts = encode_pictures
+
+    torch.manual_seed(0)
+    rows = judge.judge_clip(Guess(), lambda scenes: scenes, seen, count=400)
+    assert all(row["low"] - 0.05 < 0.5 < row["high"] + 0.05 for row in rows.values())
+
+
+def test_the_report_is_two_tables(judge):
+    score = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    report = {
+        "identity": {"the same thing": score, "another noun": {**score, "below the same thing": 0.9}},
+        "clip": {"scenes": {"place": score}, "pictures": {"place": score}},
+    }
+    assert judge.markdown(report).splitlines()[2:] == [
+        "| the same thing | 0.50 | 0.25–0.75 |  |",
+        "| another noun | 0.50 | 0.25–0.75 | 90% |",
+        "",
+        "| CLIP is right, with one | scenes | pictures |",
+        "|---|---|---|",
+        "| place | 50% (25%–75%) | 50% (25%–75%) |",
+    ]
