@@ -70,11 +70,12 @@ def test_clip_tells_one_word_in_scenes_of_things_it_has_not_seen(judge, sprites)
 def test_identity_is_highest_for_the_same_thing(judge, sprites):
     seen, held_out = sprites
     identity = IdentityEncoder.from_pretrained(str(EVALUATORS / "identity"))
-    report = judge.judge_identity(identity, BlankModel(), held_out, seen, count=2)
-    means = {name: row["mean"] for name, row in report.items()}
-    assert max(means, key=means.get) == "the same thing"
-    assert means["another rendition of the noun"] > means["another noun"]
-    assert all(0 <= row["below the same thing"] <= 1 for name, row in report.items() if name != "the same thing")
+    report = judge.judge_identity(identity, BlankModel(), held_out, seen, count=2, drawn=1)
+    assert set(report) == set(judge.SETTINGS)
+    for rows in report.values():
+        assert max(rows, key=lambda name: rows[name]["mean"]) == judge.SAME
+        assert rows["another rendition of the noun"]["mean"] > rows["another noun"]["mean"]
+        assert rows["another noun"]["below the same thing"] > 0.8
 
 
 def test_a_judge_that_cannot_see_is_right_half_the_time(judge, sprites):
@@ -92,16 +93,16 @@ def test_a_judge_that_cannot_see_is_right_half_the_time(judge, sprites):
 
 
 def test_the_report_is_two_tables(judge):
-    score = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    score = {"mean": 0.5, "low": -0.25, "high": 0.75, "below the same thing": 0.9}
     report = {
-        "identity": {"the same thing": score, "another noun": {**score, "below the same thing": 0.9}},
+        "identity": {"alone": {judge.SAME: score, "another noun": score}},
         "clip": {"scenes": {"place": score}, "pictures": {"place": score}},
     }
     assert judge.markdown(report).splitlines()[2:] == [
-        "| the same thing | 0.50 | 0.25–0.75 |  |",
-        "| another noun | 0.50 | 0.25–0.75 | 90% |",
+        "| the same thing | 0.50 (-0.25 to 0.75) |",
+        "| another noun | 0.50 (-0.25 to 0.75), 90% below |",
         "",
         "| CLIP is right, with one | scenes | pictures |",
         "|---|---|---|",
-        "| place | 50% (25%–75%) | 50% (25%–75%) |",
+        "| place | 50% (-25% to 75%) | 50% (-25% to 75%) |",
     ]

@@ -10,6 +10,7 @@ import evaluator_scenes
 import export
 import icons
 import numpy as np
+import optimiser
 import pytest
 import rasterise
 import scenes
@@ -197,6 +198,39 @@ def test_invented_renditions_are_new_shapes_of_the_same_icon(sprites):
     for name in ("noto~0", "noto~1"):
         assert more["cat"][name].shape == more["cat"]["noto"].shape and more["cat"][name].dtype == np.uint8
         assert np.abs(more["cat"][name].astype(int) - more["cat"]["noto"]).mean() > 2
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 8), (2, 8, 40), (1, 16, 16)])
+def test_steps_of_muon_are_nearly_orthogonal(shape):
+    made = optimiser.orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    singular = torch.linalg.svdvals(made)
+    assert made.shape == shape and singular.min() > 0.4 and singular.max() < 1.4
+
+
+def test_both_optimisers_go_downhill_and_leave_alone_what_is_frozen():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+    model[1].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    x, y = torch.randn(64, 8), torch.randn(64, 4)
+    steps = optimiser.Optimiser(model, steps=60, lr=1e-2, muon_lr=1e-1, warmup=5)
+    losses = []
+    for _ in range(60):
+        loss = (model(x) - y).square().mean()
+        losses.append(loss.item())
+        steps.step(loss)
+    assert losses[-1] < 0.9 * losses[0]
+    unmoved = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert unmoved == ["1.weight"]
+
+
+def test_the_same_caption_of_another_picture_is_not_wrong():
+    ids = torch.tensor([[1], [1], [2], [3], [4], [1]])  # of three pictures, and with a word changed
+    logits = torch.tensor([[5.0, 5, 0, 0, 0, 5], [5, 5, 0, 0, 0, 5], [0, 0, 5, 0, 0, 0]])
+    assert train_clip.contrastive_loss(logits, ids) < 0.1
+    wrong = logits.clone()
+    wrong[2, 3] = 6  # its own caption with a word changed
+    assert train_clip.contrastive_loss(wrong, ids) > 0.2
 
 
 def test_icons_become_sprites(tmp_path, monkeypatch):

@@ -29,11 +29,14 @@ sys.path.insert(0, str(POCKET / "recipe"))
 
 from evaluator_scenes import another_look  # noqa: E402
 from icons import CONCEPT_RENDITION, NOUNS, WORN, load_sprites  # noqa: E402
-from world import Scene, Thing, change, give, sample_place, sample_scene, sample_thing  # noqa: E402
+from world import Scene, Thing, change, give, sample_place, sample_scene  # noqa: E402
 
 KINDS = ("place", "colour", "worn", "companion")
 LEFT_OUT = ("worn", "companion")
+SETTINGS = ("alone", "wearing something", "with another thing")
+SAME = "the same thing"
 REFERENCES = 5
+DRAWN_VIEWS = 2  # of the pocket model for each noun and setting: its pictures take longest
 BATCH = 25
 
 
@@ -108,69 +111,80 @@ def judge_clip(clip, draw, sprites, count, seed=0):
     return rows
 
 
-def judge_identity(identity, base, sprites, seen, count, seed=0):
-    """Similarity to five pictures of a held-out thing: of that thing, and of others.
+def place(thing, setting, sprites, rng):
+    """A scene about a thing that is alone, wears something or is with another thing."""
+    if setting == "wearing something":
+        thing = replace(thing, worn=rng.choice(list(WORN)))
+    scene = Scene(thing, sample_place(rng))
+    if setting == "with another thing":
+        return give(scene, "companion", sprites, rng)
+    return scene
+
+
+def judge_identity(identity, base, sprites, seen, count, drawn, seed=0):
+    """Similarity to five pictures of a held-out thing: of that thing, and of others in the same settings.
 
     Args:
         identity: the evaluator.
         base: the pocket model.
         sprites: held-out things.
         seen: things of the renditions that the evaluator has seen.
-        count: of pictures for each row and noun.
+        count: of pictures for each setting, kind of thing and noun.
+        drawn: of pictures by the pocket model for each setting and noun.
         seed: of the scenes.
     """
     rng = random.Random(seed)
     all_sprites = {icon: seen[icon] | sprites[icon] for icon in seen}
-    scores = {}
+    scores = {setting: {} for setting in SETTINGS}
     for icon in NOUNS:
         thing = Thing(icon, CONCEPT_RENDITION)
+        others = [other for other in NOUNS if other != icon]
         references = [Scene(thing, sample_place(rng)).draw(sprites, rng) for _ in range(REFERENCES)]
-        other_rendition = [Thing(icon, rng.choice(list(seen[icon]))) for _ in range(count)]
-        other_noun = [Thing(rng.choice([n for n in NOUNS if n != icon]), CONCEPT_RENDITION) for _ in range(count)]
-        worn = [replace(thing, worn=rng.choice(list(WORN))) for _ in range(count)]
-        rows = {
-            "the same thing": [Scene(thing, sample_place(rng)) for _ in range(count)],
-            "the same thing, wearing something": [Scene(one, sample_place(rng)) for one in worn],
-            "the same thing, with another": [
-                Scene(thing, sample_place(rng), rng.choice(["and", "next to", "on top of"]), sample_thing(seen, rng))
-                for _ in range(count)
-            ],
-            "another hue or colour of it": [
-                Scene(another_look(sprites, thing, rng), sample_place(rng)) for _ in range(count)
-            ],
-            "another rendition of the noun": [Scene(other, sample_place(rng)) for other in other_rendition],
-            "another noun": [Scene(other, sample_place(rng)) for other in other_noun],
-        }
-        pictures = {name: [scene.draw(all_sprites, rng) for scene in scenes] for name, scenes in rows.items()}
-        pictures["the pocket model's picture of the noun"] = base.draw(
-            [scene.caption for scene in rows["the same thing"]]
-        )
-        for name, drawn in pictures.items():
-            scores.setdefault(name, []).append(picture_similarity(identity, drawn, references))
+        for setting, of_setting in scores.items():
+            things = {
+                SAME: [thing] * count,
+                "another hue or colour of it": [another_look(sprites, thing, rng) for _ in range(count)],
+                "another rendition of the noun": [Thing(icon, rng.choice(list(seen[icon]))) for _ in range(count)],
+                "another noun": [Thing(rng.choice(others), CONCEPT_RENDITION) for _ in range(count)],
+            }
+            pictures = {
+                name: [place(one, setting, seen, rng).draw(all_sprites, rng) for one in some]
+                for name, some in things.items()
+            }
+            captions = [place(thing, setting, seen, rng).caption for _ in range(drawn)]
+            pictures["the pocket model's drawing of the noun"] = base.draw(captions)
+            for name, some in pictures.items():
+                of_setting.setdefault(name, []).append(picture_similarity(identity, some, references))
+    return {setting: rank(of_setting) for setting, of_setting in scores.items()}
 
-    same = scores["the same thing"]
+
+def rank(scores):
+    """The mean of each row of scores over nouns, and how often a score is below one of the same thing."""
     report = {}
     for name, each in scores.items():
-        row = bootstrap_mean([score.mean().item() for score in each])._asdict()
-        if name != "the same thing":
-            below = [(own[:, None] > other[None]).float().mean().item() for own, other in zip(same, each, strict=True)]
-            row["below the same thing"] = sum(below) / len(below)
-        report[name] = row
+        below = [(own[:, None] > one[None]).float().mean() for own, one in zip(scores[SAME], each, strict=True)]
+        means = bootstrap_mean([one.mean().item() for one in each])
+        report[name] = means._asdict() | {"below the same thing": sum(below).item() / len(below)}
     return report
 
 
 def markdown(report):
     """The report as two tables."""
-    lines = ["| similarity to five pictures of a held-out thing | mean | 95 % interval | below the same thing |"]
-    lines.append("|---|---|---|---|")
-    for name, row in report["identity"].items():
-        below = f"{row['below the same thing']:.0%}" if "below the same thing" in row else ""
-        lines.append(f"| {name} | {row['mean']:.2f} | {row['low']:.2f}–{row['high']:.2f} | {below} |")
+    settings = report["identity"]
+    lines = ["| similarity to five pictures of a held-out thing | " + " | ".join(settings) + " |"]
+    lines.append("|---|" + "---|" * len(settings))
+    for name in next(iter(settings.values())):
+        cells = []
+        for rows in settings.values():
+            row = rows[name]
+            below = "" if name == SAME else f", {row['below the same thing']:.0%} below"
+            cells.append(f"{row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f}){below}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| CLIP is right, with one | " + " | ".join(report["clip"]) + " |"]
     lines.append("|---|" + "---|" * len(report["clip"]))
     for name in next(iter(report["clip"].values())):
         cells = [rows[name] for rows in report["clip"].values()]
-        shown = " | ".join(f"{cell['mean']:.0%} ({cell['low']:.0%}–{cell['high']:.0%})" for cell in cells)
+        shown = " | ".join(f"{cell['mean']:.0%} ({cell['low']:.0%} to {cell['high']:.0%})" for cell in cells)
         lines.append(f"| {name} | {shown} |")
     return "\n".join(lines) + "\n"
 
@@ -185,7 +199,7 @@ def main(args=None):
     parser.add_argument(
         "--drawn", type=int, default=100, help="Of the pocket model's own pictures, for each kind of word."
     )
-    parser.add_argument("--views", type=int, default=8, help="Pictures for each noun and row.")
+    parser.add_argument("--views", type=int, default=8, help="Pictures for each noun, setting and kind of thing.")
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args(args)
 
@@ -196,7 +210,7 @@ def main(args=None):
     held_out |= {icon: seen[icon] for icon in WORN}  # what is worn is what the pocket model can draw
 
     report = {
-        "identity": judge_identity(identity, base, held_out, seen, arguments.views),
+        "identity": judge_identity(identity, base, held_out, seen, arguments.views, DRAWN_VIEWS),
         "clip": {
             "scenes of seen things": judge_clip(clip, drawn_from(seen), seen, arguments.scenes),
             "scenes of held-out things": judge_clip(clip, drawn_from(held_out), held_out, arguments.scenes),

@@ -29,7 +29,7 @@ DIFFERENT = 20  # mean difference, of 255, from which two looks of a sprite coun
 
 
 def clip_pair(sprites, rng):
-    """Two scenes whose captions differ in one word; one time in four, in that what is worn is there or not."""
+    """Two scenes whose captions differ in one word; one time in six, in that what is worn is there or not."""
     (kind,) = rng.choices(list(WEIGHTS), WEIGHTS.values())
     scene = give(sample_scene(sprites, rng), kind, sprites, rng)
     if kind == "worn" and scene.subject.worn and rng.random() < 0.5:
@@ -71,7 +71,7 @@ def things(sprites, renditions, rng):
 def through_vae(vae, pictures, generator, share=0.25, noise=0.1):
     """Replace a share of the pictures by what the VAE makes of them, as the pocket model's own pictures look.
 
-    Some noise in the latent is as much as the model itself leaves there.
+    Some noise in the latent stands for the errors that the model makes there.
     """
     flat = pictures.reshape(-1, *pictures.shape[-3:])
     chosen = torch.randperm(len(flat), generator=generator)[: int(share * len(flat))]
