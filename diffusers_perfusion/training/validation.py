@@ -11,6 +11,7 @@ from PIL import Image
 from .config import FitConfig
 
 INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 6.0  # the paper's
 
 
 @torch.no_grad()
@@ -33,6 +34,7 @@ def validate(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerat
             pictures = pipeline(
                 prompt,
                 num_inference_steps=INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
                 num_images_per_prompt=config.num_validation_images,
                 generator=torch.Generator(accelerator.device).manual_seed(config.seed),
             ).images
