@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 WEIGHT_NAME = "perfusion.safetensors"
 FORMAT_VERSION = 1
@@ -284,6 +287,23 @@ class PerfusionConcept:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, serialize(tensors, metadata={HEADER_KEY: header}))
         return path
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+        """Upload the concept with a card to the Hugging Face Hub, as `PerfusionLoaderMixin.push_perfusion_to_hub`.
+
+        Args:
+            repo_id: id of the repository; it is made if it is not there.
+            options: `weight_name`, `samples`, `sweep`, `license`, `private`, `token`, `create_pr`, `commit_message`
+                and `revision`, as `hub.push_concept` describes them.
+
+        Raises:
+            ValueError: if an option is out of range.
+            OSError: if the Hub cannot be reached or refuses. It says what is on the Hub then; the same call goes on.
+        """
+        # Here, because `hub` reads concepts and so imports this module.
+        from .hub import push_concept
+
+        return push_concept(self, repo_id, **options)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PerfusionConcept":
