@@ -94,9 +94,10 @@ def _code(repo_id: str, entry: CardEntry) -> str:
     where = "" if entry.weight_name == WEIGHT_NAME else f", weight_name={entry.weight_name!a}"
     return "\n".join(
         [
+            "import torch",
             "from diffusers_perfusion import PerfusionPipeline",
             "",
-            f"pipe = PerfusionPipeline.from_pretrained({entry.header.base_model!a})",
+            f"pipe = PerfusionPipeline.from_pretrained({entry.header.base_model!a}).to(torch.float32)",
             f"pipe.load_perfusion({repo_id!a}{where})",
             f"image = pipe({_prompt(entry)!a}).images[0]",
         ]

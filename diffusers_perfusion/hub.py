@@ -5,7 +5,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -74,11 +74,14 @@ def find_concept_file(
         return path
     with _explained(source, weight_name, hub_options.get("revision")):
         if not hub_options.get("local_files_only"):
-            # Whatever else this meets, the download meets as well, or has the file in the cache.
-            with suppress(HTTPError, OSError):
-                options = {name: hub_options.get(name) for name in ("revision", "endpoint")}
-                url = hf_hub_url(os.fspath(source), weight_name, subfolder=subfolder, **options)
+            options = {name: hub_options.get(name) for name in ("revision", "endpoint")}
+            url = hf_hub_url(os.fspath(source), weight_name, subfolder=subfolder, **options)
+            try:
                 _check_size(get_hf_file_metadata(url, token=hub_options.get("token")).size)
+            except (HTTPError, OSError):
+                # The download meets this too, unless it has the file in the cache.
+                if hub_options.get("force_download"):
+                    raise
         return Path(hf_hub_download(os.fspath(source), weight_name, subfolder=subfolder, **hub_options))
 
 
@@ -113,7 +116,7 @@ def read_header(
         try:
             found = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=revision, token=token)
             tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
-        except (SafetensorsParsingError, AttributeError, TypeError) as error:
+        except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
             # The client parses any JSON as if it were a header.
             raise ValueError(f"{where} is not a safetensors file") from error
     try:

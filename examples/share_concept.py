@@ -76,9 +76,9 @@ def main():
         perfusion(*draw, str(folder / "author"), "--concept", str(folder / "author"), **author)
         perfusion("search", "me/pocket", **reader)
         perfusion("info", "me/my-bear", **reader)
-        # What the author shared, card and pictures and all, to look at.
-        copy = f"from huggingface_hub import snapshot_download as d; d('me/my-bear', local_dir={str(folder / 'shared')!r})"
-        subprocess.run([sys.executable, "-c", copy], check=True, env={**os.environ, **reader})
+        # All that the author has shared, to look at.
+        copy = "import sys, huggingface_hub as hub; hub.snapshot_download('me/my-bear', local_dir=sys.argv[1])"
+        subprocess.run([sys.executable, "-c", copy, str(folder / "shared")], check=True, env={**os.environ, **reader})
         perfusion(*draw, str(folder / "reader"), "--concept", "me/my-bear", **reader)
         perfusion(*draw, str(folder / "offline"), "--concept", "me/my-bear", **reader | {"HF_HUB_OFFLINE": "1"})
     finally:

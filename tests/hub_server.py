@@ -1,6 +1,6 @@
 """A Hugging Face Hub on this machine: the routes that the real client calls, over repositories in memory.
 
-    python tests/hub_server.py me/pocket=examples/pocket   # prints its address, and serves until its input closes
+python tests/hub_server.py me/pocket=examples/pocket   # prints its address, and serves until its input closes
 """
 
 import base64
@@ -52,8 +52,9 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repositories: by id.
         requests: every request so far: method, path, token and the range asked for.
-        fault: called with each request's handler before it is answered. It may raise `Refusal`, set the handler's
-            `cut` to the number of bytes after which an answer breaks off, or its `claim` to a false size.
+        fault: called with each request's handler when its headers are read. It may raise `Refusal`, raise anything
+            else to hang up in the middle of an upload, set the handler's `mute` to hang up when the request is done,
+            its `cut` to the number of bytes after which an answer breaks off, or its `claim` to a false size.
     """
 
     daemon_threads = True
@@ -80,8 +81,6 @@ class HubServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    cut = None
-    claim = None
 
     def log_message(self, *args):
         pass
@@ -99,7 +98,6 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self):
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self._answer(
             {
                 r"/api/repos/create": self.create,
@@ -115,9 +113,18 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        self.server.requests.append((self.command, url.path, self.token, self.headers.get("Range")))
+        if url.path != "/api/agent-harnesses":  # which the client asks on its own account, without a token
+            self.server.requests.append((self.command, url.path, self.token, self.headers.get("Range")))
+        self.mute, self.cut, self.claim = False, None, None
+        refusal = None
         try:
             self.server.fault(self)
+        except Refusal as error:
+            refusal = error
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        try:
+            if refusal:
+                raise refusal
             for pattern, route in routes.items():
                 if match := re.fullmatch(pattern, url.path):
                     answer = route(**{name: unquote(value or "main") for name, value in match.groupdict().items()})
@@ -126,12 +133,15 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refusal(404)
         except Refusal as refusal:
             content = json.dumps({"error": refusal.message}).encode()
-            return self._send(refusal.status, content, {"X-Error-Code": refusal.code})
-        if isinstance(answer, tuple):
-            return self._send(*answer)
-        return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+            answer = refusal.status, content, {"X-Error-Code": refusal.code}
+        if not isinstance(answer, tuple):
+            answer = 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
+        self._send(*answer)
 
     def _send(self, status, content, headers):
+        if self.mute:
+            self.close_connection = True
+            return
         self.send_response(status)
         size = len(content) if self.claim is None or self.command != "HEAD" else self.claim
         for name, value in {**headers, "Content-Length": str(size)}.items():
