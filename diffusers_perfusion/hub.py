@@ -77,7 +77,7 @@ def find_concept_file(
             options = {name: hub_options.get(name) for name in ("revision", "endpoint")}
             url = hf_hub_url(os.fspath(source), weight_name, subfolder=subfolder, **options)
             try:
-                _check_size(get_hf_file_metadata(url, token=hub_options.get("token")).size)
+                _check_size(get_hf_file_metadata(url, token=hub_options.get("token")).size or 0)
             except (HTTPError, OSError):
                 # The download meets this too, unless it has the file in the cache.
                 if hub_options.get("force_download"):
@@ -108,21 +108,8 @@ def read_header(
     if path is not None:
         return str(path), path.stat().st_size, ConceptHeader.read(path)
 
-    repo_id = os.fspath(source)
     name = f"{subfolder}/{weight_name}" if subfolder else weight_name
-    where = f"{repo_id}/{name}"
-    with _explained(source, weight_name, revision):
-        size = _check_size(get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), token=token).size)
-        try:
-            found = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=revision, token=token)
-            tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
-        except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
-            # The client parses any JSON as if it were a header.
-            raise ValueError(f"{where} is not a safetensors file") from error
-    try:
-        return where, size, ConceptHeader.parse(found.metadata, tensors)
-    except ValueError as error:
-        raise ValueError(f"{where} is not a valid concept file: {error!s:.400}") from error
+    return f"{os.fspath(source)}/{name}", *_read_remote_header(os.fspath(source), name, revision, token)
 
 
 def push_concept(
@@ -250,15 +237,33 @@ def search_concepts(
 def _find_local(source: str | os.PathLike, weight_name: str, subfolder: str | None) -> Path | None:
     """A concept file on disk; None if `source` is neither a file nor a folder."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, no error for what cannot be a path
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return None
     path = path / (subfolder or "") / weight_name
     if not path.is_file():
         held = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors"))) or "no safetensors file"
         raise FileNotFoundError(f"{path.parent} has no {weight_name}; it holds {held} (choose with weight_name=)")
     return path
+
+
+def _read_remote_header(
+    repo_id: str, name: str, revision: str | None, token: str | bool | None
+) -> tuple[int, ConceptHeader]:
+    """Size and header of a concept file on the Hub."""
+    with _explained(repo_id, name, revision):
+        size = _check_size(get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), token=token).size)
+        try:
+            found = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=revision, token=token)
+            tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
+        except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
+            # The client parses any JSON as if it were a header.
+            raise ValueError(f"{repo_id}/{name} is not a safetensors file") from error
+    try:
+        return size, ConceptHeader.parse(found.metadata, tensors)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{repo_id}/{name} is not a valid concept file: {error!s:.400}") from error
 
 
 def _check_size(size: int | None) -> int:
@@ -270,12 +275,13 @@ def _check_size(size: int | None) -> int:
 def _other_entries(info: ModelInfo, weight_name: str, token: str | bool | None) -> Iterator[CardEntry]:
     """The other concepts at the top of a repository, with the pictures that its card shows of them."""
     files = {file.rfilename: file for file in info.siblings or []}
-    shown = [_widget(entry) for entry in getattr(info.card_data, "widget", None) or []]
+    gallery = getattr(info.card_data, "widget", None)
+    shown = [_widget(entry) for entry in gallery] if isinstance(gallery, list) else []
     for name, file in files.items():
         if "/" in name or not name.endswith(".safetensors") or name == weight_name:
             continue
         try:
-            _, size, header = read_header(info.id, name, revision=info.sha, token=token)
+            size, header = _read_remote_header(info.id, name, info.sha, token)
         except ValueError:
             continue  # a file of another kind
         pictures = f"images/{name.removesuffix('.safetensors')}/"

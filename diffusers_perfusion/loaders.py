@@ -50,6 +50,9 @@ def _unet(pipeline: Any) -> torch.nn.Module:
             f"{type(pipeline).__name__} has no UNet with cross-attention from text, and Perfusion cannot edit "
             f"{model}; expected a pipeline such as StableDiffusionPipeline"
         )
+    for name in ("tokenizer", "text_encoder"):
+        if getattr(pipeline, name, None) is None:
+            raise ValueError(f"{type(pipeline).__name__} has no {name}, which has to learn the words of concepts")
     cross_attention_layers(unet)
     return unet
 

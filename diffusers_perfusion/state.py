@@ -161,7 +161,8 @@ class PerfusionState:
         bias = torch.stack([entry.bias for entry in entries]).to(encodings.device)
         temperature = torch.stack([entry.temperature for entry in entries]).to(encodings.device)
 
-        coef = torch.zeros((*encodings.shape[:2], len(order)), device=encodings.device)
+        dtype = torch.promote_types(encodings.dtype, torch.float32)
+        coef = torch.zeros((*encodings.shape[:2], len(order)), dtype=dtype, device=encodings.device)
         gate = torch.zeros_like(coef)
         for names, rows in rows_of.items():
             j = torch.tensor([order.index(name) for name in names], device=encodings.device)
@@ -187,7 +188,9 @@ class PerfusionState:
             superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
             coef=coef,
             gate=gate,
-            keys=self._twins(encodings, sum(rows_of.values(), [])) if self.locking == "global" else None,
+            keys=self._twins(encodings, [row for rows in rows_of.values() for row in rows])
+            if self.locking == "global"
+            else None,
         )
 
     def _twins(self, encodings: Tensor, rows: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Draw a contact sheet: a concept's pictures, the bare super-category, the concept in eight prompts and at three biases.
+"""Draw a contact sheet: the pictures, the bare super-category, and the concept in eight prompts at several biases.
 
     python examples/contact_sheet.py --pretrained_model_name_or_path examples/pocket \
         --concept my-bear --instance_data_dir examples/data/teddy_bear --output my-bear/sheet.png

@@ -28,7 +28,7 @@ def random_concept(width=WIDTH, layers=None, **given):
             "superclass": "tabby cat",
             "word_embedding": torch.randn(24, generator=generator),
             "target_input": target_input,
-            "inverse_target_input": 1e4 * (target_input + 0.1 * torch.randn(width, generator=generator)),
+            "inverse_target_input": 1e6 * (target_input + 0.1 * torch.randn(width, generator=generator)),
             "superclass_input": torch.randn(width, generator=generator),
             "target_outputs": {
                 name: torch.randn(size, generator=generator)
@@ -147,8 +147,8 @@ def test_numbers_too_large_for_float16_are_refused(tmp_path, name):
 
 def test_to_converts_every_tensor():
     concept = random_concept()
-    half = concept.to(torch.float16)
-    assert {tensor.dtype for _, tensor in half._tensors()} == {torch.float16}
+    half = concept.to(torch.bfloat16)
+    assert {tensor.dtype for _, tensor in half._tensors()} == {torch.bfloat16}
     assert {tensor.dtype for _, tensor in concept._tensors()} == {torch.float32}
     assert same_description(half, concept)
 

@@ -186,6 +186,26 @@ def test_a_pull_request_leaves_the_branch(hub, concept):
     assert WEIGHT_NAME in files(hub, revision="refs/pr/1")
 
 
+def test_a_pull_request_to_another_s_repository(hub, concept):
+    hub.add("you/my-cat", {})
+    concept.push_to_hub("you/my-cat", create_pr=True, token=TOKEN)
+    assert WEIGHT_NAME in files(hub, "you/my-cat", "refs/pr/1")
+    with pytest.raises(OSError, match=r"the push to you/my-cat failed: your token does not allow it \(403\)"):
+        concept.push_to_hub("you/my-cat", token=TOKEN)
+
+
+@pytest.mark.parametrize("gallery", ["5", "text", "[5, {text: a}, {text: a, output: {url: [b]}}]"])
+def test_a_card_that_someone_wrote_is_no_obstacle(hub, make_concept, tmp_path, monkeypatch, gallery):
+    content = make_concept().save(tmp_path / "cat.safetensors").read_bytes()
+    written = f"---\nlicense: mit\nwidget: {gallery}\n---\nMine.".encode()
+    hub.add("me/pets", {"README.md": written, "cat.safetensors": content})
+    # A folder of the same name is not the repository.
+    (tmp_path / "me" / "pets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    make_concept("<my-dog>", "dog").push_to_hub("me/pets", weight_name="dog.safetensors", token=TOKEN)
+    assert "# 2 concepts" in card(hub, "me/pets") and "license: mit" in card(hub, "me/pets")
+
+
 def test_a_branch_is_made(hub, concept, make_concept, pipeline):
     concept.push_to_hub("me/my-cat", token=TOKEN)
     make_concept(bias=0.9).push_to_hub("me/my-cat", revision="v2", token=TOKEN)

@@ -137,6 +137,24 @@ def test_a_warning_says_that_an_encoding_did_not_arrive_as_made(state, load, cap
     assert not warnings()  # it arrived
 
 
+@pytest.mark.parametrize("limit", ["_MAX_MARKS", "_MAX_TWINS"])
+def test_only_the_last_encodings_are_remembered(state, load, monkeypatch, limit):
+    """A server draws for days; those that come again stay."""
+    monkeypatch.setattr(f"diffusers_perfusion.state.{limit}", 3 * 4)
+    load("my-cat")
+    state.locking = "global"
+    for seed in (0, 1, 2, 3, 0, 4, 5):
+        state.mark(encoding(seed), ("<my-cat>",), encoding(9))
+    known = []
+    for seed in range(6):
+        try:
+            state.prepare(encoding(seed)[None])
+            known.append(state.edit is not None)
+        except ValueError:  # the twin is gone
+            known.append(False)
+    assert known == [True, False, False, True, True, True]
+
+
 # What the edit holds
 
 

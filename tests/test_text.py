@@ -326,6 +326,12 @@ def test_a_superclass_that_the_tokenizer_drops_is_refused(words, superclass):
     words.check_new("<my-cat>")
 
 
+def test_a_superclass_that_leaves_no_room_in_a_prompt_is_refused(words):
+    assert len(superclass_ids(words.tokenizer, "cat " * 12)) == 12
+    with pytest.raises(ValueError, match="is 13 tokens long; expected at most 12"):
+        superclass_ids(words.tokenizer, "cat " * 13)
+
+
 # The super-category
 
 

@@ -15,7 +15,6 @@ from diffusers import StableDiffusionPipeline
 from diffusers_perfusion.covariance import invert, read_captions
 from diffusers_perfusion.text import encode, superclass_ids, superclass_input, tokenize
 
-
 PROMPTS = (
     "a {} on the beach",
     "a photo of a {} in space",

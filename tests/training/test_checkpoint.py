@@ -20,7 +20,7 @@ def save(tmp_path, make_concept):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != "hugging-face")
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_is_saved_is_loaded(save, tmp_path, make_concept):
@@ -51,12 +51,13 @@ def test_oldest_checkpoints_go(save, tmp_path):
     assert names(tmp_path) == ["checkpoint-300"]
 
 
-def test_checkpoints_are_listed_by_their_step(save, tmp_path):
-    for step in (100, 25, 5):
-        save(step)
-    (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / ".checkpoint-x1").mkdir()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-25", "checkpoint-100"]
+def test_checkpoints_are_listed_by_their_step(tmp_path):
+    for name in ("100", "25", "5", "1000", "30", "7", "best"):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+    (tmp_path / ".checkpoint-9").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        f"checkpoint-{step}" for step in (5, 7, 25, 30, 100, 1000)
+    ]
 
 
 @pytest.mark.parametrize("moment", ["concept", "move"])

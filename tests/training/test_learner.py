@@ -91,13 +91,17 @@ def test_only_the_word_and_the_values_learn(make_learner, pipeline):
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["word_embedding", "target_outputs.down_blocks.0.attentions.0.transformer_blocks.0.attn2"])
+@pytest.mark.parametrize(
+    "name", ["word_embedding", "target_outputs.down_blocks.0.attentions.0.transformer_blocks.0.attn2"]
+)
 def test_gradients_are_those_of_the_loss(make_learner, name):
     still = {"value_learning_rate": 0.0, "embedding_learning_rate": 0.0}
     learner = make_learner(**still)
     gradients = record_gradients(learner)
-    learner.step(0)
+    for _ in range(2):
+        learner.step(0)
     gradient = gradients[0][name]
+    assert float((gradients[1][name] - gradient).norm() / gradient.norm()) < 0.1  # nothing is left of the first step
 
     def loss(move):
         learner = make_learner(**still)
@@ -179,10 +183,9 @@ def test_the_loss_falls(make_learner, pipeline, kind):
     for layer in cross_attention_layers(pipeline.unet).values():
         layer.to_out[0].weight.data *= 10  # or the text hardly matters to a UNet with initial weights
     learner = make_learner(superclass="teddy bear", snr_gamma=0)
-    losses = [learner.step(0) for _ in range(40)]  # the same pictures, noises and prompts each time
-    print(losses)
-    assert losses[-1] < 0.97 * losses[0]
-    assert sorted(losses, reverse=True)[:3] == losses[:3]
+    losses = [learner.step(0) for _ in range(15)]  # the same pictures, noises and prompts each time
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.99 * losses[0]
 
 
 def test_the_loss_is_weighted_by_noise_and_by_masks(make_learner):

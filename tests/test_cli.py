@@ -1,0 +1,218 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_perfusion import PerfusionConcept, cli
+from diffusers_perfusion.cli import main
+from diffusers_perfusion.training import FitConfig
+from diffusers_perfusion.training.learner import Learner
+
+
+@pytest.fixture
+def fit_arguments(fit_settings, model_folder):
+    settings = fit_settings | {"pretrained_model_name_or_path": str(model_folder)}
+    return ["fit", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
+
+
+@pytest.fixture
+def concepts(tmp_path, make_concept):
+    """Paths of two concept files of the tiny model."""
+    return [
+        str(make_concept(word, seed=seed).save(tmp_path / f"{seed}" / "perfusion.safetensors"))
+        for seed, word in enumerate(["<my-cat>", "<my-dog>"])
+    ]
+
+
+@pytest.fixture
+def draw(tmp_path, model_folder, concepts):
+    """Run `perfusion generate` into a new folder, and give its files by name."""
+    runs = []
+
+    def run(*arguments, concepts=concepts, prompts=("a <my-cat> on the beach",)):
+        runs.append(1)
+        folder = tmp_path / f"drawn-{len(runs)}"
+        command = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--num_inference_steps", "2"]
+        command += [text for concept in concepts for text in ("--concept", concept)]
+        command += [text for prompt in prompts for text in ("--prompt", prompt)]
+        assert main([*command, "--output_dir", str(folder), *arguments]) == 0
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    return run
+
+
+def failed(arguments, capsys):
+    """The sentence that bad input is answered with."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    before, sentence = output.err.split("perfusion: ", 1)
+    assert before == "" or before.endswith("\n")
+    assert sentence.count("\n") == 1
+    return sentence.strip()
+
+
+def test_fit(fit_arguments, fit_settings, capsys):
+    assert main([*fit_arguments, "--no-random_flip", "--checkpointing_steps", "2"]) == 0
+    path = Path(fit_settings["output_dir"]) / "perfusion.safetensors"
+    concept = PerfusionConcept.load(path)
+    assert (concept.placeholder_token, concept.base_model) == ("<my-cat>", "tiny")
+    assert (concept.training["random_flip"], concept.training["steps"]) == (False, 4)
+    assert (path.parent / "checkpoint-2").is_dir()
+    assert capsys.readouterr().out == f"{path} ({path.stat().st_size:,} bytes): <my-cat>\n"
+
+
+def test_every_setting_of_a_fit_is_a_flag_with_its_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    help = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(FitConfig):
+        assert f"--{field.name}" in help
+        assert "".join(field.metadata["help"].split())[:40] in "".join(help.split())
+        if field.default not in (None, dataclasses.MISSING):
+            assert f"Default: {field.default}." in help
+
+
+def test_flags_are_parsed_into_their_types(monkeypatch):
+    seen = []
+
+    def stop(config):
+        seen.append(config)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("diffusers_perfusion.training.make_accelerator", stop)
+    required = "--pretrained_model_name_or_path m --instance_data_dir d --placeholder_token <x>".split()
+    assert main(["fit", *required, "--superclass", "teddy bear"]) == 1
+    flags = (
+        "--resolution 64 --snr_gamma 0 --center_crop --no-random_flip --mixed_precision bf16 --superclass cat".split()
+    )
+    assert main(["fit", *required, *flags, "--validation_prompt", "a <x>", "--validation_prompt", "<x> b"]) == 1
+    given = {"pretrained_model_name_or_path": "m", "instance_data_dir": "d", "placeholder_token": "<x>"}
+    assert seen[0] == FitConfig(**given, superclass="teddy bear")
+    assert seen[1] == FitConfig(
+        **given,
+        superclass="cat",
+        resolution=64,
+        snr_gamma=0.0,
+        center_crop=True,
+        random_flip=False,
+        mixed_precision="bf16",
+        validation_prompt=["a <x>", "<x> b"],
+    )
+    for wrong in (["--resolution", "big"], ["--mixed_precision", "int3"], ["--unknown", "1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["fit", *required, "--superclass", "cat", *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *required])
+    assert len(seen) == 2
+
+
+def test_ctrl_c_exits_with_130_and_the_fit_can_go_on(fit_arguments, fit_settings, monkeypatch, caplog, capsys):
+    step = Learner.step
+
+    def interrupted(self, index):
+        if index == 3:
+            raise KeyboardInterrupt
+        return step(self, index)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    assert main([*fit_arguments, "--checkpointing_steps", "2"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert "checkpoint-2 with --resume_from_checkpoint latest" in caplog.text
+    monkeypatch.setattr(Learner, "step", step)
+    assert main([*fit_arguments, "--resume_from_checkpoint", "latest"]) == 0
+    path = Path(fit_settings["output_dir"]) / "perfusion.safetensors"
+    assert PerfusionConcept.load(path).training["steps"] == 4
+
+
+def test_generate_draws_each_prompt_with_all_concepts(draw, concepts, capsys):
+    prompts = ("a <my-cat> on the beach", "a <my-dog> & <my-cat>!")
+    files = draw(prompts=prompts)
+    assert list(files) == ["00-a-my-cat-on-the-beach.png", "01-a-my-dog-my-cat.png"]
+    assert capsys.readouterr().out.count(".png (") == 2
+    assert draw(prompts=prompts) == files
+    plain = draw(prompts=prompts, concepts=concepts[1:])
+    assert all(plain[name] != files[name] for name in files)
+
+
+def test_settings_of_generate_change_the_picture(draw):
+    def picture(*arguments):
+        (data,) = draw(*arguments).values()
+        return data
+
+    plain = picture()
+    assert picture("--seed", "0", "--guidance_scale", "6", "--locking", "local") == plain
+    pictures = {
+        plain,
+        picture("--bias", "1.1"),
+        picture("--temperature", "0.5"),
+        picture("--locking", "global"),
+        picture("--guidance_scale", "2"),
+        picture("--num_inference_steps", "3"),
+        picture("--seed", "1"),
+    }
+    assert len(pictures) == 7
+
+
+def test_a_fitted_concept_is_drawn_from_its_folder(fit_arguments, fit_settings, draw):
+    assert main(fit_arguments) == 0
+    (data,) = draw(concepts=[fit_settings["output_dir"]]).values()
+    assert data != next(iter(draw().values()))
+
+
+def test_info_needs_no_model(concepts, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "DiffusionPipeline", None)
+    monkeypatch.setattr(cli, "PerfusionPipeline", None)
+    path = Path(concepts[0])
+    concept = PerfusionConcept.load(path)
+    concept.training = {"steps": 42}
+    concept.save(path)
+    for source in (path, path.parent):
+        assert main(["info", str(source)]) == 0
+        output = capsys.readouterr().out
+        assert output.startswith(f"{path} ({path.stat().st_size:,} bytes)\n")
+        rows = dict(line.split(maxsplit=1) for line in output.splitlines()[1:])
+        assert (rows["placeholder_token"], rows["superclass"], rows["base_model"]) == ("<my-cat>", "cat", "tiny")
+        assert rows["training.steps"] == "42"
+        assert rows["dtype"] == "float16"
+        assert rows["bias"].startswith(f"{concept.bias} ")
+        assert f"{len(concept.target_outputs)}, " in rows["layers"]
+
+
+def test_bad_input_of_fit(fit_arguments, capsys, tmp_path, pictures_folder):
+    assert "nowhere is not a folder" in failed([*fit_arguments, "--instance_data_dir", "nowhere"], capsys)
+    assert "train_batch_size is 0" in failed([*fit_arguments, "--train_batch_size", "0"], capsys)
+    assert "'cat' is already a word" in failed([*fit_arguments, "--placeholder_token", "cat"], capsys)
+    assert "no checkpoint 'latest'" in failed([*fit_arguments, "--resume_from_checkpoint", "latest"], capsys)
+    nowhere = str(tmp_path / "no-model")
+    assert nowhere in failed([*fit_arguments, "--pretrained_model_name_or_path", nowhere], capsys)
+    for path in pictures_folder.iterdir():
+        path.unlink()
+    assert "holds no picture" in failed(fit_arguments, capsys)
+
+
+def test_bad_input_of_generate(model_folder, concepts, capsys, tmp_path):
+    command = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--prompt", "a <my-cat>"]
+    assert "bias is 5.0" in failed([*command, "--concept", concepts[0], "--bias", "5"], capsys)
+    assert "temperature is 0.0" in failed([*command, "--concept", concepts[0], "--temperature", "0"], capsys)
+    assert "has no perfusion.safetensors" in failed([*command, "--concept", str(model_folder)], capsys)
+    (tmp_path / "text.safetensors").write_text("no concept")
+    assert "not a safetensors file" in failed([*command, "--concept", str(tmp_path / "text.safetensors")], capsys)
+    assert "loaded already" in failed([*command, "--concept", concepts[0], "--concept", concepts[0]], capsys)
+
+
+def test_bad_input_of_info(tmp_path, capsys):
+    assert "is neither a file, a folder nor" in failed(["info", str(tmp_path / "nowhere")], capsys)
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "1.png")
+    assert "1.png" in failed(["info", str(tmp_path / "1.png")], capsys)
+
+
+def test_a_command_must_be_given(capsys):
+    for arguments in ([], ["dream"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+    assert "fit" in capsys.readouterr().err

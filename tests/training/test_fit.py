@@ -1,0 +1,449 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import WIDTH, make_unet
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from test_validation import Album
+
+from diffusers_perfusion import PerfusionConcept
+from diffusers_perfusion.attention import cross_attention_layers, get_state
+from diffusers_perfusion.training import FitConfig, fit, validation
+from diffusers_perfusion.training.learner import Learner
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_perfusion.py"
+
+
+@pytest.fixture
+def run(pipeline, fit_settings, tmp_path):
+    """Fit on the tiny pipeline with some settings changed, and return the concept file."""
+
+    def run_fit(accelerator=None, **settings):
+        config = FitConfig(**fit_settings | settings)
+        fit(pipeline, config, accelerator)
+        return Path(config.output_dir) / "perfusion.safetensors"
+
+    return run_fit
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Make a fit fail at a step; nothing is raised in a fit started after that."""
+
+    def stop_at(index, error):
+        step = Learner.step
+
+        def stopping(self, current):
+            if current == index:
+                monkeypatch.setattr(Learner, "step", step)
+                raise error
+            return step(self, current)
+
+        monkeypatch.setattr(Learner, "step", stopping)
+
+    return stop_at
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """A list that gets the loss of each step."""
+    found, step = [], Learner.step
+
+    def recording(self, index):
+        found.append(step(self, index))
+        return found[-1]
+
+    monkeypatch.setattr(Learner, "step", recording)
+    return found
+
+
+@pytest.fixture
+def no_long_work(monkeypatch):
+    """Fail a test that comes as far as the covariance."""
+    monkeypatch.setattr("diffusers_perfusion.covariance.second_moment", None)
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in Path(folder).glob("*checkpoint-*"))
+
+
+def test_a_fit_writes_a_concept_that_has_an_effect(run, pipeline, generate):
+    plain = generate(["a <my-cat> on the beach", "a cat on the beach"])
+    path = run(max_train_steps=6, train_bias=0.8)
+    pipeline.load_perfusion(path)
+    fitted = generate(["a <my-cat> on the beach", "a cat on the beach"])
+    assert torch.equal(fitted[1], plain[1])
+    assert not torch.allclose(fitted[0], plain[1], atol=1e-2)  # at the start it would be as the super-category
+    concept = PerfusionConcept.load(path)
+    assert (concept.placeholder_token, concept.superclass, concept.base_model) == ("<my-cat>", "cat", "tiny")
+    facts = {"steps": 6, "pictures": 3, "mask": "none", "resolution": 16, "seed": 0, "train_bias": 0.8}
+    assert facts.items() <= concept.training.items()
+
+
+def test_a_fit_returns_what_it_has_written(pipeline, fit_settings):
+    concept = fit(pipeline, FitConfig(**fit_settings))
+    written = PerfusionConcept.load(Path(fit_settings["output_dir"]) / "perfusion.safetensors")
+    assert concept.training == written.training
+    torch.testing.assert_close(concept.target_input, written.target_input.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(concept.word_embedding, written.word_embedding.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_super_category_stays_what_it_was(run, pipeline):
+    concept = PerfusionConcept.load(run())
+    assert not torch.allclose(concept.superclass_input, concept.target_input, atol=1e-3)
+    layers = cross_attention_layers(pipeline.unet)
+    assert concept.target_outputs.keys() == layers.keys()
+    for name, layer in layers.items():
+        start = layer.to_v(concept.superclass_input.float())
+        assert (concept.target_outputs[name] - start).abs().max() > 0.01
+
+
+def test_the_seed_decides_every_byte(run):
+    first = run().read_bytes()
+    assert run().read_bytes() == first
+    assert run(seed=1).read_bytes() != first
+
+
+def test_nothing_of_the_machine_is_in_the_file(run, tmp_path, pipeline, model_folder):
+    data = run(pretrained_model_name_or_path=str(model_folder), mask="attention").read_bytes()
+    for trace in (str(tmp_path), str(Path.home()) + "/", os.uname().nodename):
+        assert trace.encode() not in data
+    assert b'\\"base_model\\": \\"tiny\\"' in data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"superclass": "teddy bear"},
+        {"snr_gamma": 0.0},
+        {"random_flip": False},
+        {"center_crop": True},
+        {"mask": "attention"},
+        {"train_bias": 0.6},
+        {"train_temperature": 0.2},
+        {"lr_warmup_steps": 3},
+        {"lr_scheduler": "cosine"},
+        {"learning_rate": 0.01},
+        {"scale_lr": True},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_setting_counts(run, settings):
+    plain = load_file(run(max_train_steps=2))
+    other = load_file(run(max_train_steps=2, **settings))
+    assert not torch.equal(other["word_embedding"], plain["word_embedding"])
+
+
+def test_the_default_resolution_is_the_base_model_s(run):
+    assert PerfusionConcept.load(run()).training["resolution"] == 16
+    assert PerfusionConcept.load(run(resolution=12)).training["resolution"] == 12
+
+
+def test_gradient_checkpointing_is_on_for_the_fit_alone(run, pipeline, monkeypatch):
+    plain = load_file(run())
+    step, seen = Learner.step, []
+
+    def watching(self, index):
+        seen.append(self.pipeline.unet.is_gradient_checkpointing)
+        return step(self, index)
+
+    monkeypatch.setattr(Learner, "step", watching)
+    saving = load_file(run(gradient_checkpointing=True))
+    assert seen == [True] * 4
+    assert not pipeline.unet.is_gradient_checkpointing
+    for name, tensor in plain.items():
+        torch.testing.assert_close(saving[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_mixed_precision_is_near_full_precision(run, pipeline, losses, tmp_path):
+    run(mixed_precision="no")
+    full = losses.copy()
+    losses.clear()
+    Accelerator().state._reset_state(reset_partial_state=True)
+    dtypes = []
+    pipeline.unet.register_forward_hook(lambda unet, _, output: dtypes.extend([unet.dtype, output.sample.dtype]))
+    path = run(mixed_precision="bf16", output_dir=str(tmp_path / "half"))
+    assert set(dtypes) == {torch.bfloat16}
+    assert losses == pytest.approx(full, rel=0.02)
+    assert losses != full
+    assert torch.isfinite(load_file(path)["word_embedding"]).all()
+
+
+# Stopped, and gone on with
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_to_go_on_from(run, stop, fit_settings, caplog, tmp_path):
+    stop(5, KeyboardInterrupt())
+    settings = {"max_train_steps": 7, "checkpointing_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings)
+    assert "stopped at step 5" in caplog.text
+    assert "checkpoint-4 with --resume_from_checkpoint latest" in caplog.text
+    output = Path(fit_settings["output_dir"])
+    assert checkpoints(output) == ["checkpoint-2", "checkpoint-4"]
+    assert not (output / "perfusion.safetensors").exists()
+    assert PerfusionConcept.load(output / "checkpoint-4" / "perfusion.safetensors").training["steps"] == 4
+
+    resumed = run(**settings, resume_from_checkpoint="latest").read_bytes()
+    unbroken = run(**settings, output_dir=str(tmp_path / "unbroken"))
+    assert resumed == unbroken.read_bytes()
+    # A checkpoint holds what the fit would have given if it had ended there.
+    four = (output / "checkpoint-4" / "perfusion.safetensors").read_bytes()
+    assert run(max_train_steps=4, output_dir=str(tmp_path / "short")).read_bytes() == four
+
+
+def test_ctrl_c_before_the_first_checkpoint(run, stop, caplog):
+    stop(1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert "stopped at step 1. It has no checkpoint yet." in caplog.text
+
+
+def flags(settings):
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def environment(hugging_face_home):
+    """Of a process like this one: alone, without the Hub, and on one thread."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "HF_"))}
+    return kept | {
+        "HF_HOME": str(hugging_face_home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def test_a_killed_fit_goes_on_as_if_it_had_not_been(run, fit_settings, model_folder, environment, tmp_path):
+    settings = fit_settings | {"pretrained_model_name_or_path": str(model_folder), "checkpointing_steps": 1}
+    output = Path(settings["output_dir"])
+    command = [sys.executable, str(SCRIPT), *flags(settings | {"max_train_steps": 100_000})]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, env=environment, stderr=log) as process:
+        while process.poll() is None and not (output / "checkpoint-3").is_dir():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (output / "perfusion.safetensors").exists()
+
+    steps = len(list(output.glob("checkpoint-*"))) + 1
+    settings["max_train_steps"] = steps
+    resumed = run(**settings, resume_from_checkpoint="latest")
+    assert (output / f"checkpoint-{steps}").is_dir()
+    assert PerfusionConcept.load(resumed).training["steps"] == steps
+    assert resumed.read_bytes() == run(**settings | {"output_dir": str(tmp_path / "unbroken")}).read_bytes()
+
+
+def test_a_fit_goes_on_only_under_its_own_recipe(run, monkeypatch, tmp_path):
+    run(checkpointing_steps=2)
+    monkeypatch.setattr("diffusers_perfusion.covariance.HF_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("diffusers_perfusion.covariance.second_moment", None)
+    with pytest.raises(ValueError, match=r"checkpoint-4 was made with seed 0, and this fit has 1"):
+        run(resume_from_checkpoint="latest", seed=1)
+    with pytest.raises(ValueError, match=r"superclass 'cat', and this fit has 'dog'"):
+        run(resume_from_checkpoint="checkpoint-2", superclass="dog")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before(run, monkeypatch, fit_settings):
+    save = PerfusionConcept.save
+
+    def full(self, path, *args):
+        if self.training["steps"] == 4:
+            raise OSError("disk full")
+        return save(self, path, *args)
+
+    monkeypatch.setattr(PerfusionConcept, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        run(checkpointing_steps=2)
+    assert checkpoints(fit_settings["output_dir"]) == ["checkpoint-2"]
+
+
+def test_old_checkpoints_go(run, fit_settings):
+    run(max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
+    assert checkpoints(fit_settings["output_dir"]) == ["checkpoint-4", "checkpoint-6"]
+
+
+# Validation and trackers
+
+
+def test_validation_draws_and_disturbs_nothing(run, fit_settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    plain = run().read_bytes()
+    output = tmp_path / "validated"
+    prompts = ["a photo of a <my-cat>"]
+    path = run(validation_prompt=prompts, validation_steps=2, num_validation_images=2, output_dir=str(output))
+    assert path.read_bytes() == plain
+    assert sorted(file.name for file in (output / "validation").iterdir()) == ["step-000002.png", "step-000004.png"]
+    sheets = [np.asarray(Image.open(output / "validation" / f"step-00000{step}.png")) for step in (2, 4)]
+    assert sheets[0].shape == (16, 32, 3)
+    assert not np.array_equal(*sheets)
+
+
+def test_trackers_get_losses_and_pictures(run, monkeypatch, losses):
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    album = Album()
+    prompts = ["a photo of a <my-cat>"]
+    run(Accelerator(log_with=album), validation_prompt=prompts, validation_steps=2, num_validation_images=1)
+    assert album.numbers == [(step, {"loss": loss}) for step, loss in enumerate(losses, start=1)]
+    assert [(step, list(values)) for step, values, _ in album.pictures] == [(2, prompts), (4, prompts)]
+
+
+# The pipeline afterwards
+
+
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("out of memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+)
+def test_the_pipeline_is_left_as_it_was(run, stop, pipeline, generate, error):
+    prompts = ["a <my-cat> on the beach", "a cat"]
+    before = generate(prompts)
+    weights = {
+        (name, key): tensor.clone()
+        for name in ("unet", "vae", "text_encoder")
+        for key, tensor in getattr(pipeline, name).state_dict().items()
+    }
+    processors = dict(pipeline.unet.attn_processors)
+    words, ids = len(pipeline.tokenizer), pipeline.tokenizer("a <my-cat>").input_ids
+    if error is None:
+        run()
+    else:
+        stop(2, error)
+        with pytest.raises(type(error)):
+            run()
+    assert pipeline.list_perfusion() == []
+    assert get_state(pipeline.unet) is None
+    assert {name: id(p) for name, p in pipeline.unet.attn_processors.items()} == {
+        name: id(p) for name, p in processors.items()
+    }
+    assert (len(pipeline.tokenizer), pipeline.tokenizer("a <my-cat>").input_ids) == (words, ids)
+    assert not pipeline.text_encoder._forward_hooks
+    assert not pipeline.text_encoder.get_input_embeddings()._forward_hooks
+    assert not pipeline.unet._forward_pre_hooks
+    for (name, key), tensor in weights.items():
+        assert torch.equal(getattr(pipeline, name).state_dict()[key], tensor)
+    for name in ("unet", "vae", "text_encoder"):
+        assert all(parameter.grad is None for parameter in getattr(pipeline, name).parameters())
+    assert torch.equal(generate(prompts), before)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"instance_data_dir": "nowhere"}, ValueError, "nowhere is not a folder"),
+        ({"instance_data_dir": "{tmp_path}"}, ValueError, "holds no picture"),
+        ({"superclass": "<|endoftext|>"}, ValueError, "does not know the super-category"),
+        ({"superclass": "cat " * 30}, ValueError, "30 tokens long; expected at most 12"),
+        ({"placeholder_token": "cat"}, ValueError, "'cat' is already a word of the tokenizer"),
+        ({"placeholder_token": "my cat"}, ValueError, "one word without spaces"),
+        ({"placeholder_token": ""}, ValueError, "one word"),
+        ({"train_bias": 3.0}, ValueError, "bias is 3.0"),
+        ({"train_temperature": 0.0}, ValueError, "temperature is 0.0"),
+        ({"resolution": 17}, ValueError, "resolution is 17; the base model takes multiples of 2"),
+        ({"lr_scheduler": "zigzag"}, ValueError, "lr_scheduler is 'zigzag'"),
+        ({"mask": "alpha"}, ValueError, "has no alpha channel"),
+        ({"mask": "{tmp_path}"}, ValueError, "holds no mask for 1.png"),
+        ({"covariance": "nowhere.txt"}, ValueError, "nowhere.txt is not a file"),
+        ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no checkpoint 'latest'"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, FileNotFoundError, "no checkpoint 'checkpoint-7'"),
+        ({"output_dir": "{tmp_path}/captions.txt"}, OSError, "captions.txt"),
+    ],
+)
+def test_bad_settings_are_told_before_any_long_work(run, no_long_work, pipeline, tmp_path, settings, error, message):
+    filled = {k: v.replace("{tmp_path}", str(tmp_path)) if isinstance(v, str) else v for k, v in settings.items()}
+    (tmp_path / "captions.txt").touch()
+    with pytest.raises(error, match=message):
+        run(**filled)
+    assert get_state(pipeline.unet) is None
+
+
+def test_a_picture_smaller_than_a_latent(run, no_long_work, pictures_folder):
+    Image.new("RGB", (9, 1)).save(pictures_folder / "thin.png")
+    with pytest.raises(ValueError, match=r"thin\.png is 9×1 pixels; expected at least 2"):
+        run()
+
+
+def test_a_covariance_of_another_text_encoder(run, no_long_work, tmp_path):
+    np.save(tmp_path / "c.npy", np.eye(7))
+    with pytest.raises(ValueError, match=r"width 7, but the text encoder has width 32"):
+        run(covariance=str(tmp_path / "c.npy"))
+
+
+def test_models_that_cannot_take_a_concept(fit_settings, components, monkeypatch, no_long_work):
+    blind = components | {"unet": make_unet(cross_attention_dim=2 * WIDTH)}
+    with pytest.raises(ValueError, match=r"takes text of width 64, but its text encoder has width 32"):
+        fit(StableDiffusionPipeline(**blind), FitConfig(**fit_settings))
+    pipeline = StableDiffusionPipeline(**components)
+    monkeypatch.setattr(type(pipeline.unet), "attn_processors", {})
+    with pytest.raises(ValueError, match="has no cross-attention layer from text"):
+        fit(pipeline, FitConfig(**fit_settings))
+    pipeline.unet = None
+    with pytest.raises(ValueError, match="has no UNet with cross-attention"):
+        fit(pipeline, FitConfig(**fit_settings))
+
+
+# C
+
+
+def test_a_matrix_of_one_s_own_and_captions_of_the_base_model(run, tmp_path, model_folder, monkeypatch):
+    with_captions = run().read_bytes()
+    np.save(tmp_path / "c.npy", np.eye(WIDTH))
+    assert run(covariance=str(tmp_path / "c.npy")).read_bytes() != with_captions
+
+    (model_folder / "captions.txt").write_text((tmp_path / "captions.txt").read_text())
+    monkeypatch.setattr("diffusers_perfusion.covariance.generate_captions", None)
+    base = {"pretrained_model_name_or_path": str(model_folder), "covariance": None}
+    assert run(**base).read_bytes() == with_captions
+    (model_folder / "captions.txt").unlink()
+    monkeypatch.setattr("diffusers_perfusion.covariance.generate_captions", lambda: iter(["a dog", "the cat"]))
+    assert run(**base).read_bytes() != with_captions
+
+
+# Several processes
+
+
+def test_only_the_main_process_writes(pipeline, fit_settings, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    often = {"checkpointing_steps": 2, "validation_steps": 2, "validation_prompt": ["a <my-cat>"]}
+    assert fit(pipeline, FitConfig(**fit_settings | often)).training["steps"] == 4
+    assert not Path(fit_settings["output_dir"]).exists()
+
+
+def test_two_processes_are_one_with_twice_the_batch(run, fit_settings, model_folder, environment, tmp_path):
+    # The inverse of a covariance of four captions would magnify differences in the last digit.
+    np.save(tmp_path / "c.npy", np.diag(np.linspace(1, 2, WIDTH)))
+    settings = fit_settings | {
+        "pretrained_model_name_or_path": str(model_folder),
+        "covariance": str(tmp_path / "c.npy"),
+        "mask": "attention",
+        "checkpointing_steps": 2,
+    }
+    alone = run(**settings | {"train_batch_size": 8}).parent
+    # accelerate launch starts a single process where there is no GPU, and with GPUs it does what torchrun does.
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split(), str(SCRIPT)]
+    together = tmp_path / "together"
+    done = subprocess.run(
+        [*command, *flags(settings | {"output_dir": str(together)})], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("perfusion.safetensors") == 1  # one process speaks
+    assert checkpoints(together) == checkpoints(alone) == ["checkpoint-2", "checkpoint-4"]
+    for name in ("checkpoint-2/fit.safetensors", "checkpoint-4/fit.safetensors", "perfusion.safetensors"):
+        expected, found = load_file(alone / name), load_file(together / name)
+        assert found.keys() == expected.keys()
+        # Gradients are summed in another order, and the last file is in float16.
+        near = {"rtol": 1e-3, "atol": 1e-3 if name == "perfusion.safetensors" else 1e-4}
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key].float(), tensor.float(), **near)

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
+
+from diffusers_perfusion.training import FitConfig, validation
+from diffusers_perfusion.training.validation import validate
+
+PROMPTS = ["a photo of a <my-cat>", "a <my-cat> on the beach"]
+
+
+class Numbers(GeneralTracker):
+    """A tracker that keeps the numbers it is given, and takes no pictures."""
+
+    name = "numbers"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = []
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **options):
+        self.numbers.append((step, values))
+
+
+class Album(Numbers):
+    """One that keeps pictures too."""
+
+    name = "album"
+
+    def __init__(self):
+        super().__init__()
+        self.pictures = []
+
+    def log_images(self, values, step=None, **options):
+        self.pictures.append((step, values, options))
+
+
+@pytest.fixture
+def config(fit_settings, monkeypatch):
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    return FitConfig(**fit_settings, validation_prompt=PROMPTS, num_validation_images=3, seed=4)
+
+
+@pytest.fixture
+def run(pipeline, make_concept, config):
+    """Validate a concept with some trackers."""
+
+    def validate_with(*trackers):
+        if not pipeline.list_perfusion():
+            pipeline.load_perfusion(make_concept(bias=0.5), concept_name="concept")
+        accelerator = Accelerator(log_with=list(trackers) or None)
+        accelerator.init_trackers("test")
+        return validate(pipeline, "concept", config, accelerator, 50)
+
+    return validate_with
+
+
+def test_a_sheet_with_a_row_for_each_prompt(run, pipeline, config):
+    path = run()
+    assert str(path) == f"{config.output_dir}/validation/step-000050.png"
+    with Image.open(path) as file:
+        sheet = np.asarray(file)
+    assert sheet.shape == (2 * 16, 3 * 16, 3)
+    with pipeline.set_perfusion("concept"):
+        for row, prompt in enumerate(PROMPTS):
+            images = pipeline(
+                prompt,
+                num_inference_steps=2,
+                guidance_scale=6.0,
+                num_images_per_prompt=3,
+                generator=torch.Generator().manual_seed(4),
+            ).images
+            assert np.array_equal(sheet[16 * row : 16 * row + 16], np.concatenate([*map(np.asarray, images)], 1))
+    assert not np.array_equal(sheet[:16, :16], sheet[:16, 16:32])
+    assert np.array_equal(np.asarray(Image.open(run())), sheet)
+
+
+def test_it_is_drawn_with_the_concept_s_settings_and_puts_back_those_from_before(run, pipeline, make_concept):
+    expected = np.asarray(Image.open(run()))
+    pipeline.set_perfusion("concept", bias=0.9, temperature=0.3)
+    pipeline.load_perfusion(make_concept("<other>", seed=1), concept_name="other")
+    assert np.array_equal(np.asarray(Image.open(run())), expected)
+    assert pipeline.get_active_perfusion() == ["concept", "other"]
+    assert float(pipeline.unet._perfusion.loaded["concept"].bias) == pytest.approx(0.9)
+
+
+def test_trackers_get_the_pictures_if_they_take_any(run):
+    album = Album()
+    with Image.open(run(album, Numbers())) as file:
+        sheet = np.asarray(file)
+    assert [(step, list(values), options) for step, values, options in album.pictures] == [
+        (50, [prompt], {}) for prompt in PROMPTS
+    ]
+    for row, (_, values, _) in enumerate(album.pictures):
+        (pictures,) = values.values()
+        assert pictures.shape == (3, 16, 16, 3)
+        assert np.array_equal(np.concatenate([*pictures], 1), sheet[16 * row : 16 * row + 16])
+
+
+def test_tensorboard_is_told_the_order_of_the_axes(run):
+    album = Album()
+    album.name = "tensorboard"
+    run(album)
+    assert [options for _, _, options in album.pictures] == [{"dataformats": "NHWC"}] * 2
