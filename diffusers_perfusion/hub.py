@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def read_header(
     """
     path = _find_local(source, weight_name, subfolder)
     if path is None and constants.HF_HUB_OFFLINE:
-        path = find_concept_file(source, weight_name, subfolder, revision=revision)
+        path = find_concept_file(source, weight_name, subfolder, revision=revision, local_files_only=True)
     if path is not None:
         return str(path), path.stat().st_size, ConceptHeader.read(path)
 
@@ -257,8 +258,8 @@ def _read_remote_header(
         try:
             found = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=revision, token=token)
             tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
-        except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
-            # The client parses any JSON as if it were a header.
+        except (SafetensorsParsingError, struct.error, AttributeError, TypeError, RecursionError) as error:
+            # The client parses any JSON as if it were a header, and before huggingface_hub 1 any eight bytes.
             raise ValueError(f"{repo_id}/{name} is not a safetensors file") from error
     try:
         return size, ConceptHeader.parse(found.metadata, tensors)
