@@ -167,7 +167,7 @@ def push_concept(
 
     api = HfApi(token=token)
     repo_id = create_repository(repo_id, private=private, token=token)
-    left = f"the repository {repo_id} is on the Hub, with nothing of this push in it"
+    committing = False
     try:
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -183,7 +183,7 @@ def push_concept(
         ]
         operations: list[CommitOperation] = [CommitOperationAdd(path, data) for path, data in files.items()]
         operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
-        left = f"the repository {repo_id} holds either all of this push or nothing of it"
+        committing = True
         return api.create_commit(
             repo_id,
             operations,
@@ -194,7 +194,14 @@ def push_concept(
             parent_commit=info.sha,
         )
     except (HTTPError, OSError) as error:
-        raise OSError(f"the push to {repo_id} failed: {_reason(error)}; {left}; push again to go on") from error
+        answer = getattr(error, "response", None)
+        # Without an answer, or with a gateway's, the commit may have been made.
+        unsure = committing and (answer is None or answer.status_code >= 500)
+        held = "either all of this push or nothing of it" if unsure else "nothing of this push"
+        raise OSError(
+            f"the push to {repo_id} failed: {_reason(error)}; the repository is on the Hub and holds {held}; push again "
+            "to go on"
+        ) from error
 
 
 def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
