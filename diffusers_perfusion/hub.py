@@ -199,8 +199,8 @@ def push_concept(
         unsure = committing and (answer is None or answer.status_code >= 500)
         held = "either all of this push or nothing of it" if unsure else "nothing of this push"
         raise OSError(
-            f"the push to {repo_id} failed: {_reason(error)}; the repository is on the Hub and holds {held}; push again "
-            "to go on"
+            f"the push to {repo_id} failed: {_reason(error)}; the repository is on the Hub and holds {held}; "
+            "push again to go on"
         ) from error
 
 

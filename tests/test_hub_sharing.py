@@ -257,19 +257,16 @@ def overtake(handler):
     ("route", "fault", "match"),
     [
         (
-            "/preupload/",
-            limit,
-            r"wait some minutes \(429\); the repository me/my-cat .*either all .* or nothing of it",
-        ),
-        ("/preupload/", hang_up, "the repository me/my-cat holds either all of this push or nothing of it"),
-        (
             "/api/models/me/my-cat",
             limit,
-            r"\(429\); the repository me/my-cat is on the Hub, with nothing of this push",
+            r"\(429\); the repository is on the Hub and holds nothing of this push; push",
         ),
-        ("/commit/", hang_up, "the repository me/my-cat holds either all of this push or nothing of it"),
-        ("/commit/", hang_up_afterwards, "the repository me/my-cat holds either all of this push or nothing of it"),
-        ("/commit/", overtake, r"the repository was changed at the same time \(412\)"),
+        ("/preupload/", limit, r"wait some minutes \(429\); the repository .* holds nothing of this push; push again"),
+        ("/preupload/", hang_up, "the repository is on the Hub and holds either all of this push or nothing of it"),
+        ("/commit/", limit, r"wait some minutes \(429\); the repository .* holds nothing of this push; push again"),
+        ("/commit/", hang_up, "the repository is on the Hub and holds either all of this push or nothing of it"),
+        ("/commit/", hang_up_afterwards, "the repository is on the Hub and holds either all of this push or nothing"),
+        ("/commit/", overtake, r"the repository was changed at the same time \(412\); .* nothing of this push"),
         ("/repos/create", hang_up, "the repository me/my-cat was not made, so nothing was pushed"),
     ],
 )
