@@ -283,6 +283,14 @@ def test_a_push_that_fails_says_how_to_go_on_and_does(hub, concept, route, fault
     assert find_concept_file("me/my-cat").read_bytes() == files(hub)[WEIGHT_NAME]
 
 
+def test_two_who_push_at_once_do_not_lose_a_card(hub, concept):
+    repository = hub.add("me/my-cat", {})
+    hub.fault = lambda handler: repository.commit("main", {"other": b""}) if "/commit/" in handler.path else None
+    with pytest.raises(OSError, match="the repository was changed at the same time"):
+        concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert files(hub) == {"other": b""}
+
+
 def test_a_base_model_that_is_not_on_the_hub_is_told(hub, make_concept, caplog):
     make_concept(base_model="my-folder").push_to_hub("me/my-cat", token=TOKEN)
     assert "names its base model 'my-folder', which is no id of a model on the Hub" in caplog.text
