@@ -117,12 +117,12 @@ def generate(
     output_dir: Path,
 ) -> None:
     """Draw prompts with concepts, one PNG each."""
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path)
     add_perfusion(pipeline)
     pipeline.load_perfusion(concept)
     pipeline.set_perfusion(bias=bias, temperature=temperature, locking=locking)
-    if device == "cpu":
+    if device.type == "cpu":
         # Some releases of transformers keep the half precision that a text encoder was stored in; a CPU cannot use it.
         pipeline.text_encoder.float()
     else:

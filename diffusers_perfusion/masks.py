@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -100,7 +100,7 @@ def folder_masks(pictures: Sequence[Picture], folder: str | os.PathLike) -> Tens
         if not found:
             raise ValueError(f"{folder} holds no mask for {picture.path.name}; expected one of the same name")
         with Image.open(found[0]) as file:
-            mask = picture.crop_like(eight_bits(file).convert("L"))
+            mask = picture.crop_like(eight_bits(ImageOps.exif_transpose(file)).convert("L"))
         if mask.getextrema()[1] == 0:
             raise ValueError(
                 f"{found[0]} is black where {picture.path.name} was cropped; expected the subject in white"

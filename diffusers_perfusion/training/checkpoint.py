@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ def save_checkpoint(
         total_limit: how many checkpoints to keep.
     """
     path = Path(output_dir) / f"{_PREFIX}{step}"
-    temporary = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{_PREFIX}"))
+    temporary = Path(output_dir) / f".{path.name}-{os.getpid()}"
+    temporary.mkdir()
     try:
         header = json.dumps({"step": step, "recipe": recipe})
         save_file(state, temporary / _STATE_NAME, metadata={_HEADER_KEY: header})
@@ -76,13 +76,13 @@ def load_checkpoint(path: Path, recipe: dict[str, Any]) -> tuple[int, dict[str, 
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    steps = {
-        int(number): path
+    """The checkpoints in a folder, oldest first; an earlier fit may have left some of later steps."""
+    written = [
+        (path.stat().st_mtime_ns, int(number), path)
         for path in Path(output_dir).glob(f"{_PREFIX}*")
         if (number := path.name.removeprefix(_PREFIX)).isdigit()
-    }
-    return [steps[step] for step in sorted(steps)]
+    ]
+    return [path for *_, path in sorted(written)]
 
 
 def find_checkpoint(output_dir: str | os.PathLike, which: str) -> Path:

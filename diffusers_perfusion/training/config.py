@@ -148,4 +148,8 @@ class FitConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The settings that decide the result; a checkpoint goes on only under the same ones."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RESULT}
+        recipe = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RESULT}
+        # A rate that falls towards the last step depends on which step that is.
+        return (
+            recipe if self.lr_scheduler.startswith("constant") else recipe | {"max_train_steps": self.max_train_steps}
+        )

@@ -31,6 +31,8 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def make_accelerator(config: FitConfig) -> Accelerator:
     """The accelerator that a config asks for."""
     return Accelerator(
+        # Without this, processes launched on a machine that has only CPUs do not find each other.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
         project_dir=str(Path(config.output_dir) / config.logging_dir),
@@ -56,7 +58,8 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
         KeyboardInterrupt: passed on, after a line that says which checkpoint the fit can go on from.
     """
     accelerator = accelerator or make_accelerator(config)
-    add_perfusion(pipeline)
+    if add_perfusion(pipeline).list_perfusion():
+        raise ValueError("the pipeline has concepts loaded; call unload_perfusion() before a fit")
     factor = pipeline.vae_scale_factor
     resolution = config.resolution or pipeline.unet.config.sample_size * factor
     if resolution % factor:
@@ -76,7 +79,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     start, state = 0, None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
-        start, state = load_checkpoint(checkpoint, config.recipe())
+        start, state = load_checkpoint(checkpoint, _recipe(config, accelerator))
     repo_id = None
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     with accelerator.local_main_process_first():
         c_inv = invert(_covariance(pipeline, config)).to(accelerator.device)
     _move(pipeline.unet, accelerator.device, _PRECISIONS.get(accelerator.mixed_precision, torch.float32))
+    checkpointed = pipeline.unet.is_gradient_checkpointing
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     facts = {"pictures": len(pictures), "mask": mask_source, "resolution": resolution}
@@ -106,7 +110,9 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
         concept = _run(learner, start, facts)
     finally:
         pipeline.unload_perfusion()
-        pipeline.unet.disable_gradient_checkpointing()
+        if not checkpointed:
+            pipeline.unet.disable_gradient_checkpointing()
+        accelerator.end_training()
     if repo_id is not None:
         _share(pipeline, config, accelerator, repo_id)
     return concept
@@ -170,7 +176,12 @@ def _run(learner: Learner, start: int, facts: dict[str, Any]) -> PerfusionConcep
             if step % config.checkpointing_steps == 0:
                 concept = learner.result(**_how(config, step, facts))
                 save_checkpoint(
-                    output_dir, step, learner.state_dict(), config.recipe(), concept, config.checkpoints_total_limit
+                    output_dir,
+                    step,
+                    learner.state_dict(),
+                    _recipe(config, accelerator),
+                    concept,
+                    config.checkpoints_total_limit,
                 )
             if config.validation_prompt and step % config.validation_steps == 0:
                 validate(learner.pipeline, NAME, config, accelerator, step)
@@ -187,8 +198,12 @@ def _run(learner: Learner, start: int, facts: dict[str, Any]) -> PerfusionConcep
     if accelerator.is_main_process:
         concept.save(output_dir / WEIGHT_NAME)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return concept
+
+
+def _recipe(config: FitConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """What a checkpoint must have been made with to go on: the settings, and how many processes share a batch."""
+    return config.recipe() | {"num_processes": accelerator.num_processes}
 
 
 def _how(config: FitConfig, step: int, facts: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Learner:
             config.lr_scheduler,
             torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]),
             num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
+            num_training_steps=config.max_train_steps + 1,  # or the rate of the last step may be zero
         ).lr_lambdas[0]
         self.optimizer = accelerator.prepare(adam)
         self._checked = False

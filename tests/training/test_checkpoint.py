@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -51,13 +53,22 @@ def test_oldest_checkpoints_go(save, tmp_path):
     assert names(tmp_path) == ["checkpoint-300"]
 
 
-def test_checkpoints_are_listed_by_their_step(tmp_path):
+def test_checkpoints_are_listed_by_when_they_were_written(tmp_path):
     for name in ("100", "25", "5", "1000", "30", "7", "best"):
         (tmp_path / f"checkpoint-{name}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{name}", ns=(0, 1000 if name == "1000" else 2000))
     (tmp_path / ".checkpoint-9").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == [
-        f"checkpoint-{step}" for step in (5, 7, 25, 30, 100, 1000)
+        f"checkpoint-{step}" for step in (1000, 5, 7, 25, 30, 100)
     ]
+
+
+def test_later_checkpoints_of_an_earlier_fit_go_first(save, tmp_path):
+    save(100)
+    for step in (5, 10):
+        save(step, 2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-5"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
 
 
 @pytest.mark.parametrize("moment", ["concept", "move"])

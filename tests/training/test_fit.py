@@ -254,6 +254,22 @@ def test_a_fit_goes_on_only_under_its_own_recipe(run, monkeypatch, tmp_path):
         run(resume_from_checkpoint="checkpoint-2", superclass="dog")
 
 
+def test_a_fit_goes_on_only_with_its_own_processes_and_end(run, monkeypatch):
+    run(lr_scheduler="linear", checkpointing_steps=2)
+    with pytest.raises(ValueError, match="made with max_train_steps 4, and this fit has 6"):
+        run(lr_scheduler="linear", max_train_steps=6, resume_from_checkpoint="latest")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match="made with num_processes 1, and this fit has 2"):
+        run(lr_scheduler="linear", resume_from_checkpoint="latest")
+
+
+def test_a_pipeline_with_concepts_is_refused(pipeline, fit_settings, make_concept):
+    pipeline.load_perfusion(make_concept())
+    with pytest.raises(ValueError, match="unload_perfusion"):
+        fit(pipeline, FitConfig(**fit_settings))
+    assert pipeline.list_perfusion() == ["my-cat"]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(run, monkeypatch, fit_settings):
     save = PerfusionConcept.save
 
@@ -431,8 +447,8 @@ def test_two_processes_are_one_with_twice_the_batch(run, fit_settings, model_fol
         "checkpointing_steps": 2,
     }
     alone = run(**settings | {"train_batch_size": 8}).parent
-    # accelerate launch starts a single process where there is no GPU, and with GPUs it does what torchrun does.
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split(), str(SCRIPT)]
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    command = [sys.executable, *launch.split(), "--mixed_precision=no", "--dynamo_backend=no", str(SCRIPT)]
     together = tmp_path / "together"
     done = subprocess.run(
         [*command, *flags(settings | {"output_dir": str(together)})], env=environment, capture_output=True, text=True
