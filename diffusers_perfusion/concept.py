@@ -1,4 +1,4 @@
-"""`PerfusionConcept`: everything a concept file holds, and the file itself.
+"""`PerfusionConcept`: everything a concept file holds, and the file itself; `ConceptHeader`: what it says of itself.
 
 A file is one safetensors file: one-dimensional tensors, and a JSON description under a single key of its header (one
 key, because safetensors does not promise an order among several, and a fit must give the same bytes each time).
@@ -7,15 +7,19 @@ key, because safetensors does not promise an order among several, and a fit must
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 WEIGHT_NAME = "perfusion.safetensors"
 FORMAT_VERSION = 1
@@ -64,6 +68,92 @@ def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> float:
     return float(value)
 
 
+def _check_description(described: "PerfusionConcept | ConceptHeader") -> None:
+    """Check what a concept says of itself; whole numbers become floats, and a list of two a pair."""
+    check_words(described.placeholder_token, described.superclass)
+    _check_text("base_model", described.base_model)
+    described.bias = check_bias(described.bias)
+    described.temperature = check_temperature(described.temperature)
+    if len(described.bias_range) != 2:
+        raise ValueError(f"bias_range is {described.bias_range!r:.80}; expected two numbers")
+    low, high = (_check_number("a bound of bias_range", bound, BIAS_BOUNDS) for bound in described.bias_range)
+    if low > high:
+        raise ValueError(f"bias_range is ({low}, {high}); expected the lower bound first")
+    described.bias_range = (low, high)
+    if not isinstance(described.training, dict):
+        raise ValueError(f"training is a {type(described.training).__name__}; expected a dict")
+
+
+@dataclass
+class ConceptHeader:
+    """What a concept file says of itself before any number in it is read: enough to list, describe and find it.
+
+    Attributes:
+        placeholder_token, superclass, bias, temperature, bias_range, base_model, training: as in `PerfusionConcept`.
+        width: of the text encoding it edits, `d`.
+        layers: how many numbers each target output has, by its layer's module name.
+        dtype: of the numbers.
+
+    Raises:
+        ValueError: if a field is out of range.
+    """
+
+    placeholder_token: str
+    superclass: str
+    bias: float
+    temperature: float
+    bias_range: tuple[float, float]
+    base_model: str
+    training: dict[str, Any]
+    width: int
+    layers: dict[str, int]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        _check_description(self)
+
+    @classmethod
+    def parse(
+        cls, metadata: Mapping[str, str] | None, tensors: Mapping[str, tuple[str, Sequence[int]]]
+    ) -> "ConceptHeader":
+        """The header from what any reader of safetensors files gives.
+
+        Args:
+            metadata: the strings in the header.
+            tensors: dtype, as safetensors names it, and shape of each tensor.
+
+        Raises:
+            ValueError: if it is not the header of a concept file of this format version.
+        """
+        if len(tensors) > MAX_TENSORS:
+            raise ValueError(f"it has {len(tensors)} tensors; expected at most {MAX_TENSORS}")
+        description = _parse_header((metadata or {}).get(HEADER_KEY))
+        _check_names(tensors)
+        for name, (dtype, shape) in tensors.items():
+            if dtype not in _DTYPES or len(shape) != 1:
+                raise ValueError(f"{name} is {dtype} of shape {shape}; expected a vector of {', '.join(_DTYPES)}")
+        return cls(
+            **description,
+            layers={
+                name.removeprefix(_OUTPUT_PREFIX): shape[0]
+                for name, (_, shape) in tensors.items()
+                if name not in _VECTORS
+            },
+            dtype=_DTYPES[tensors["target_input"][0]],
+        )
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "ConceptHeader":
+        """The header of a concept file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no whole concept file of this format version.
+        """
+        with _open(Path(path)) as file:
+            return _header_of(file)
+
+
 @dataclass
 class PerfusionConcept:
     """One learned concept: the contents of a concept file.
@@ -101,18 +191,7 @@ class PerfusionConcept:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_words(self.placeholder_token, self.superclass)
-        _check_text("base_model", self.base_model)
-        self.bias = check_bias(self.bias)
-        self.temperature = check_temperature(self.temperature)
-        if len(self.bias_range) != 2:
-            raise ValueError(f"bias_range is {self.bias_range!r:.80}; expected two numbers")
-        low, high = (_check_number("a bound of bias_range", bound, BIAS_BOUNDS) for bound in self.bias_range)
-        if low > high:
-            raise ValueError(f"bias_range is ({low}, {high}); expected the lower bound first")
-        self.bias_range = (low, high)
-        if not isinstance(self.training, dict):
-            raise ValueError(f"training is a {type(self.training).__name__}; expected a dict")
+        _check_description(self)
         if not self.target_outputs:
             raise ValueError("target_outputs is empty; expected one vector for each cross-attention layer")
         for name, tensor in self._tensors():
@@ -209,6 +288,23 @@ class PerfusionConcept:
         write_atomically(path, serialize(tensors, metadata={HEADER_KEY: header}))
         return path
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+        """Upload the concept with a card to the Hugging Face Hub, as `PerfusionLoaderMixin.push_perfusion_to_hub`.
+
+        Args:
+            repo_id: id of the repository; it is made if it is not there.
+            options: `weight_name`, `samples`, `sweep`, `license`, `private`, `token`, `create_pr`, `commit_message`
+                and `revision`, as `hub.push_concept` describes them.
+
+        Raises:
+            ValueError: if an option is out of range.
+            OSError: if the Hub cannot be reached or refuses. It says what is on the Hub then; the same call goes on.
+        """
+        # Here, because `hub` reads concepts and so imports this module.
+        from .hub import push_concept
+
+        return push_concept(self, repo_id, **options)
+
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PerfusionConcept":
         """Read a concept file. Sizes, names, shapes and dtypes are checked before a tensor is read.
@@ -217,37 +313,37 @@ class PerfusionConcept:
             FileNotFoundError: if there is no such file.
             ValueError: if it is no whole, valid concept file of this format version.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file; expected a concept file such as {WEIGHT_NAME}")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; a concept file has at most {MAX_FILE_BYTES}")
-        try:
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-                if len(names) > MAX_TENSORS:
-                    raise ValueError(f"it has {len(names)} tensors; expected at most {MAX_TENSORS}")
-                header = (file.metadata() or {}).get(HEADER_KEY)
-                _parse_header(header)
-                _check_names(names)
-                for name in names:
-                    entry = file.get_slice(name)
-                    if entry.get_dtype() not in _DTYPES or len(entry.get_shape()) != 1:
-                        raise ValueError(
-                            f"{name} is {entry.get_dtype()} of shape {entry.get_shape()}; expected a vector of "
-                            f"{', '.join(_DTYPES)}"
-                        )
-                return cls.from_state_dict({name: file.get_tensor(name) for name in names} | {HEADER_KEY: header})
-        except SafetensorError as error:
-            # Only now, because the length that a safetensors file begins with may be these very bytes.
-            with path.open("rb") as file:
-                if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-                    raise ValueError(
-                        f"{path} is a pickle, which can run code; only safetensors files are read"
-                    ) from error
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error!s:.400})") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is not a valid concept file: {error!s:.400}") from error
+        with _open(Path(path)) as file:
+            _header_of(file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return cls.from_state_dict(tensors | {HEADER_KEY: file.metadata()[HEADER_KEY]})
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A concept file as `safe_open` gives it; what is wrong with it, then or in the body, is said with its path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected a concept file such as {WEIGHT_NAME}")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a concept file has at most {MAX_FILE_BYTES}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        # Only now, because the length that a safetensors file begins with may be these very bytes.
+        with path.open("rb") as file:
+            if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise ValueError(f"{path} is a pickle, which can run code; only safetensors files are read") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error!s:.400})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a valid concept file: {error!s:.400}") from error
+
+
+def _header_of(file: Any) -> ConceptHeader:
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return ConceptHeader.parse(
+        file.metadata(), {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
+    )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -10,11 +10,13 @@ from typing import Any, TypeVar, get_args
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from huggingface_hub import CommitInfo
+from PIL import Image
 from transformers import PreTrainedModel
 
 from .attention import attach, check_concept_fits, cross_attention_layers, detach, get_state, replaced_layers
 from .concept import WEIGHT_NAME, PerfusionConcept, check_bias, check_temperature
-from .hub import find_concept_file
+from .hub import find_concept_file, push_concept
 from .state import LoadedConcept, Locking, PerfusionState
 from .text import ConceptWords
 
@@ -286,13 +288,65 @@ class PerfusionLoaderMixin:
         Raises:
             ValueError: if the concept is not loaded, or none is named and several are.
         """
-        state = self._state("save")
+        return self._one_concept("save", concept_name).save(Path(save_directory) / weight_name)
+
+    def push_perfusion_to_hub(
+        self,
+        repo_id: str,
+        concept_name: str | None = None,
+        *,
+        weight_name: str = WEIGHT_NAME,
+        samples: Sequence[tuple[str, Image.Image]] = (),
+        sweep: Sequence[Mapping[str, Any]] = (),
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """Upload a loaded concept, under the word it has here, with a card, to the Hugging Face Hub.
+
+        Args:
+            repo_id: id of the repository; it is made if it is not there.
+            concept_name: which one; may be left out if only one is loaded.
+            weight_name: name of the file there, for a repository of several concepts.
+            samples: pictures drawn with it, each after its prompt. They replace those of an earlier push.
+            sweep: scores at other settings, rows with the same columns, for the card of a repository with one concept.
+            license: id of the licence, as the Hub names it; by default the one the card has already, if any.
+            private: whether a new repository is private; by default as the owner's are.
+            token: of a user who may write to it; by default the stored one.
+            create_pr: open a pull request and leave the branch as it is.
+            commit_message: by default it names the concept's word.
+            revision: branch to push to, made if it is not there; by default `main`.
+
+        Raises:
+            ValueError: if the concept is not loaded, or none is named and several are; and as `hub.push_concept`.
+            OSError: if the Hub cannot be reached or refuses. It says what is on the Hub then; the same call goes on.
+        """
+        return push_concept(
+            self._one_concept("push", concept_name),
+            repo_id,
+            weight_name=weight_name,
+            samples=samples,
+            sweep=sweep,
+            license=license,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            revision=revision,
+        )
+
+    def _one_concept(self, action: str, concept_name: str | None) -> PerfusionConcept:
+        """The concept of that name, or the only one."""
+        state = self._state(action)
         if concept_name is None:
             if len(state.loaded) > 1:
                 raise ValueError(f"several concepts are loaded; name one of {', '.join(state.loaded)}")
             concept_name = next(iter(state.loaded))
         self._check_loaded([concept_name])
-        return state.loaded[concept_name].concept.save(Path(save_directory) / weight_name)
+        return state.loaded[concept_name].concept
 
     def _state(self, action: str) -> PerfusionState:
         state = get_state(_unet(self))

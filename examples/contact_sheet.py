@@ -78,8 +78,6 @@ def main():
     pipeline = PerfusionPipeline.from_pretrained(arguments.pretrained_model_name_or_path, safety_checker=None)
     if torch.cuda.is_available():
         pipeline.to("cuda", torch.float16)
-    else:
-        pipeline.text_encoder.float()
     concept = PerfusionConcept.load(find_concept_file(arguments.concept))
     pictures = [picture.image for picture in read_pictures(arguments.instance_data_dir, SIDE)]
     rows = [("its pictures", pictures)]

@@ -2,11 +2,9 @@
 
 import http.server
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
-from huggingface_hub import hf_hub_download
 
 from diffusers_perfusion import PerfusionConcept
 from diffusers_perfusion.concept import WEIGHT_NAME
@@ -104,6 +102,7 @@ def hub(monkeypatch):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub = Hub()
     yield hub
     hub.server.shutdown()
@@ -150,7 +149,11 @@ def test_each_refusal_of_the_hub_says_what_to_do(hub, status, code, error, match
 
 def test_a_pipeline_loads_from_the_hub(hub, folder, pipeline, monkeypatch, tmp_path):
     endpoint, requests = hub({"/me/my-cat/resolve/v1/step-1/cat.safetensors": (folder / WEIGHT_NAME).read_bytes()})
-    monkeypatch.setattr("diffusers_perfusion.hub.hf_hub_download", partial(hf_hub_download, endpoint=endpoint))
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     options = {"subfolder": "step-1", "revision": "v1", "weight_name": "cat.safetensors", "cache_dir": tmp_path / "c"}
     pipeline.load_perfusion("me/my-cat", "rex", token="hf_secret", **options)
     assert pipeline.list_perfusion() == ["rex"]

@@ -23,6 +23,10 @@ _NOT_IN_RESULT = {
     "resume_from_checkpoint",
     "report_to",
     "logging_dir",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "hub_private",
 }
 
 
@@ -97,6 +101,15 @@ class FitConfig:
         "Checkpoint to go on from: its path, or 'latest' in the output folder."
     )
     seed: int = _option("Seed of everything random.", 0)
+    push_to_hub: bool = _option(
+        "Share the concept on the Hub, with a card and pictures of the validation prompts.", False
+    )
+    hub_model_id: str | None = _option("Id of its repository; by default the output folder's name.")
+    # Not in the repr either, so that no log shows it.
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Token that may write there; by default the stored one."}
+    )
+    hub_private: bool | None = _option("Whether a new repository is private; by default as the owner's are.")
 
     def __post_init__(self) -> None:
         for name in (

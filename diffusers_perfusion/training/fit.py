@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..attention import cross_attention_layers
 from ..concept import WEIGHT_NAME, PerfusionConcept
 from ..covariance import cached_covariance, check_covariance, invert, load_covariance
+from ..hub import create_repository, push_concept
 from ..loaders import add_perfusion
 from ..masks import subject_masks
 from ..pictures import read_pictures, to_tensor
@@ -20,7 +21,7 @@ from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save
 from .config import FitConfig
 from .data import make_subject
 from .learner import NAME, Learner
-from .validation import validate
+from .validation import draw, validate
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     Raises:
         FileNotFoundError: if there is no such checkpoint to resume from.
         ValueError: if the words, the pictures, the model or the checkpoint cannot be used; before any long work.
+        OSError: if the concept is to be shared and the Hub refuses: before any long work, or when the file is written.
         RuntimeError: if the gradients of the first step are all zero or not finite.
         KeyboardInterrupt: passed on, after a line that says which checkpoint the fit can go on from.
     """
@@ -78,8 +80,12 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         start, state = load_checkpoint(checkpoint, _recipe(config, accelerator))
+    repo_id = None
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        if config.push_to_hub:
+            name = config.hub_model_id or Path(config.output_dir).resolve().name
+            repo_id = create_repository(name, private=config.hub_private, token=config.hub_token)
 
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
@@ -101,12 +107,34 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
         learner = Learner(pipeline, config, accelerator, subject, c_inv)
         if state is not None:
             learner.load_state_dict(state)
-        return _run(learner, start, facts)
+        concept = _run(learner, start, facts)
     finally:
         pipeline.unload_perfusion()
         if not checkpointed:
             pipeline.unet.disable_gradient_checkpointing()
         accelerator.end_training()
+    if repo_id is not None:
+        _share(pipeline, config, accelerator, repo_id)
+    return concept
+
+
+def _share(pipeline: Any, config: FitConfig, accelerator: Accelerator, repo_id: str) -> None:
+    """Push the concept as it is in its file, with pictures drawn from there, so that others draw the same."""
+    path = Path(config.output_dir) / WEIGHT_NAME
+    pipeline.load_perfusion(path, NAME)
+    try:
+        rows = draw(pipeline, NAME, config, accelerator)
+    finally:
+        pipeline.unload_perfusion()
+    samples = [
+        (prompt, picture) for prompt, row in zip(config.validation_prompt, rows, strict=True) for picture in row
+    ]
+    try:
+        push_concept(
+            PerfusionConcept.load(path), repo_id, samples=samples, private=config.hub_private, token=config.hub_token
+        )
+    except OSError as error:
+        raise OSError(f"{error} (the fit is over: `perfusion push {path} {repo_id}`)") from error
 
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

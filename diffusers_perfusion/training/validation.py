@@ -15,6 +15,22 @@ GUIDANCE_SCALE = 6.0  # the paper's
 
 
 @torch.no_grad()
+def draw(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerator) -> list[list[Image.Image]]:
+    """The validation pictures of each prompt, drawn with a concept that is loaded."""
+    rows = []
+    with pipeline.set_perfusion(name), accelerator.autocast():
+        for prompt in config.validation_prompt:
+            pictures = pipeline(
+                prompt,
+                num_inference_steps=INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                num_images_per_prompt=config.num_validation_images,
+                generator=torch.Generator(accelerator.device).manual_seed(config.seed),
+            ).images
+            rows.append(pictures)
+    return rows
+
+
 def validate(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerator, step: int) -> Path:
     """Draw the validation prompts with the concept as it stands: a row a prompt, on a PNG sheet and to the trackers.
 
@@ -28,17 +44,7 @@ def validate(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerat
     Returns:
         The sheet's path, `<output_dir>/validation/step-<step>.png`.
     """
-    rows = []
-    with pipeline.set_perfusion(name), accelerator.autocast():
-        for prompt in config.validation_prompt:
-            pictures = pipeline(
-                prompt,
-                num_inference_steps=INFERENCE_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                num_images_per_prompt=config.num_validation_images,
-                generator=torch.Generator(accelerator.device).manual_seed(config.seed),
-            ).images
-            rows.append(pictures)
+    rows = draw(pipeline, name, config, accelerator)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -93,6 +93,10 @@ def test_the_recipe_is_what_decides_the_result():
         "resume_from_checkpoint",
         "report_to",
         "logging_dir",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_token",
+        "hub_private",
     }
     recipe = FitConfig(**REQUIRED, seed=7).recipe()
     names = {field.name for field in dataclasses.fields(FitConfig)}

@@ -1,0 +1,600 @@
+"""Sharing concepts: the real client of the Hub against a server on this machine (`hub_server`)."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer, Refusal
+from PIL import Image, PngImagePlugin
+
+from diffusers_perfusion import PerfusionPipeline
+from diffusers_perfusion.cli import main
+from diffusers_perfusion.concept import MAX_FILE_BYTES, WEIGHT_NAME
+from diffusers_perfusion.hub import find_concept_file, push_concept, read_header, search_concepts
+from diffusers_perfusion.training import FitConfig, fit
+
+POCKET = Path(__file__).resolve().parents[1] / "examples" / "pocket"
+TOKEN = "hf_me"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub, empty, and a client that asks no other and never waits."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    server = HubServer().start()
+    constants = "huggingface_hub.constants."
+    monkeypatch.setattr(constants + "ENDPOINT", server.endpoint)
+    # Before huggingface_hub 1 the second module has a copy of the first one's.
+    for module in ("constants", "file_download"):
+        template = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
+        monkeypatch.setattr(template, server.endpoint + "/{repo_id}/resolve/{revision}/{filename}", raising=False)
+    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants + "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    monkeypatch.setattr(constants + "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def content(make_concept, tmp_path):
+    """The bytes of a concept file."""
+    return make_concept().save(tmp_path / WEIGHT_NAME).read_bytes()
+
+
+@pytest.fixture
+def concept(make_concept):
+    return make_concept(base_model="me/tiny")
+
+
+def picture(colour="red"):
+    return Image.new("RGB", (8, 8), colour)
+
+
+def files(hub, repo_id="me/my-cat", revision="main"):
+    return hub.repositories[repo_id].files(revision)
+
+
+def card(hub, repo_id="me/my-cat", revision="main"):
+    return files(hub, repo_id, revision)["README.md"].decode()
+
+
+# push
+
+
+def test_what_is_pushed_is_what_is_pulled(hub, pipeline, concept, tmp_path):
+    pipeline.load_perfusion(concept)
+    commit = pipeline.push_perfusion_to_hub(
+        "me/my-cat", samples=[("a <my-cat> on the beach", picture())], license="mit", token=TOKEN
+    )
+    assert commit.commit_url.startswith(f"{hub.endpoint}/me/my-cat/commit/")
+    assert files(hub).keys() == {".gitattributes", "README.md", WEIGHT_NAME, "images/perfusion/0.png"}
+    assert not [request for request in hub.requests if request[2] != TOKEN]
+    assert sum("/commit/" in path for _, path, _, _ in hub.requests) == 1
+
+    reader = PerfusionPipeline(**pipeline.components, requires_safety_checker=False)
+    pipeline.unload_perfusion()
+    reader.load_perfusion("me/my-cat", cache_dir=tmp_path / "cache")
+    assert reader.list_perfusion() == ["my-cat"]
+    reader.save_perfusion(tmp_path / "copy")
+    assert (tmp_path / "copy" / WEIGHT_NAME).read_bytes() == files(hub)[WEIGHT_NAME]
+
+
+def test_one_of_several_is_named(hub, pipeline, make_concept):
+    pipeline.load_perfusion([make_concept(), make_concept("<my-dog>", seed=1)])
+    with pytest.raises(ValueError, match="several concepts are loaded; name one of my-cat, my-dog"):
+        pipeline.push_perfusion_to_hub("me/my-dog", token=TOKEN)
+    with pytest.raises(ValueError, match="no concept named 'bird' is loaded"):
+        pipeline.push_perfusion_to_hub("me/my-dog", "bird", token=TOKEN)
+    assert not hub.requests
+    pipeline.push_perfusion_to_hub("me/my-dog", "my-dog", token=TOKEN)
+    assert read_header("me/my-dog")[2].placeholder_token == "<my-dog>"
+
+
+def test_of_a_picture_nothing_but_the_pixels_is_pushed(hub, concept, tmp_path):
+    told = PngImagePlugin.PngInfo()
+    told.add_text("path", "/home/me/secret")
+    exif = Image.Exif()
+    exif[0x010E] = "secret"
+    picture().save(tmp_path / "told.png", pnginfo=told, exif=exif)
+    with Image.open(tmp_path / "told.png") as told_picture:
+        concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", told_picture)], token=TOKEN)
+    (name,) = (name for name in files(hub) if name.endswith(".png"))
+    assert b"secret" not in files(hub)[name]
+
+
+def test_a_push_replaces_the_one_before(hub, concept):
+    samples = [("a <my-cat> on the beach", picture("red")), ("a <my-cat> in the snow", picture("blue"))]
+    concept.push_to_hub("me/my-cat", samples=samples, license="mit", token=TOKEN)
+    concept.bias = 0.7
+    concept.push_to_hub("me/my-cat", samples=samples[:1], token=TOKEN, commit_message="Another bias")
+    assert [name for name in files(hub) if name.endswith(".png")] == ["images/perfusion/0.png"]
+    assert "license: mit" in card(hub)
+    assert "in the snow" not in card(hub)
+    assert read_header("me/my-cat")[2].bias == 0.7
+    assert len(hub.repositories["me/my-cat"].commits) == 3
+
+
+def test_the_sweep_is_in_the_card(hub, concept):
+    concept.push_to_hub("me/my-cat", sweep=[{"bias": 0.5, "clip_i": 0.81}, {"bias": 0.7, "clip_i": 0.79}], token=TOKEN)
+    assert "| 0.5 | 0.81 |" in card(hub)
+    with pytest.raises(ValueError, match="the rows of the sweep have different columns"):
+        concept.push_to_hub("me/my-cat", sweep=[{"bias": 0.5}, {"clip_i": 0.79}], token=TOKEN)
+
+
+def test_a_collection_has_one_card(hub, pipeline, make_concept, caplog):
+    cat, dog = make_concept(base_model="me/tiny"), make_concept("<my-dog>", "dog", seed=1, base_model="me/tiny")
+    cat.push_to_hub("me/pets", weight_name="cat.safetensors", samples=[("a <my-cat>", picture())], token=TOKEN)
+    files(hub, "me/pets").update(
+        {
+            "lora.safetensors": struct.pack("<Q", 2) + b"{}",
+            "../evil.safetensors": b"",
+            "a|b](javascript:c).safetensors": files(hub, "me/pets")["cat.safetensors"],
+            "images/dog/9.png": b"stale",
+        }
+    )
+    dog.push_to_hub("me/pets", weight_name="dog.safetensors", samples=[("a <my-dog>", picture())], token=TOKEN)
+    assert "images/dog/9.png" not in files(hub, "me/pets")
+    text = card(hub, "me/pets")
+    assert "# 3 concepts" in text
+    assert "lora" not in text and "evil" not in text
+    assert "](javascript" not in re.sub("```.*?```", "", text, flags=re.DOTALL)
+    for pet in ("cat", "dog"):
+        assert f"({pet}.safetensors)" in text
+        assert f"images/{pet}/0.png" in text
+    pipeline.load_perfusion("me/pets", weight_name="cat.safetensors")
+    pipeline.load_perfusion("me/pets", weight_name="dog.safetensors")
+    assert pipeline.list_perfusion() == ["my-cat", "my-dog"]
+
+
+def test_several_repositories_at_once(hub, pipeline, make_concept):
+    make_concept().push_to_hub("me/my-cat", token=TOKEN)
+    make_concept("<my-dog>", "dog", seed=1).push_to_hub("me/my-dog", token=TOKEN)
+    pipeline.load_perfusion(["me/my-cat", "me/my-dog"], concept_name=["rex", None])
+    assert pipeline.list_perfusion() == ["rex", "my-dog"]
+
+
+def test_private(hub, concept):
+    concept.push_to_hub("me/my-cat", private=True, token=TOKEN)
+    assert hub.repositories["me/my-cat"].private
+    with pytest.raises(ValueError, match=r"'me/my-cat' is neither .* pass token= if it is private"):
+        find_concept_file("me/my-cat")
+    with pytest.raises(ValueError, match=r"'me/my-cat' is neither .* pass token= if it is private"):
+        find_concept_file("me/my-cat", token="hf_you")
+    assert find_concept_file("me/my-cat", token=TOKEN).is_file()
+
+
+def test_private_is_never_public(hub, concept):
+    hub.add("me/my-cat", {})
+    with pytest.raises(ValueError, match="the repository me/my-cat is public already"):
+        concept.push_to_hub("me/my-cat", private=True, token=TOKEN)
+    assert not files(hub)
+
+
+def test_a_pull_request_leaves_the_branch(hub, concept):
+    hub.add("me/my-cat", {})
+    commit = concept.push_to_hub("me/my-cat", create_pr=True, token=TOKEN)
+    assert commit.pr_url == f"{hub.endpoint}/me/my-cat/discussions/1"
+    assert not files(hub)
+    assert WEIGHT_NAME in files(hub, revision="refs/pr/1")
+
+
+def test_a_pull_request_to_another_s_repository(hub, concept):
+    hub.add("you/my-cat", {})
+    concept.push_to_hub("you/my-cat", create_pr=True, token=TOKEN)
+    assert WEIGHT_NAME in files(hub, "you/my-cat", "refs/pr/1")
+    with pytest.raises(OSError, match=r"the push to you/my-cat failed: your token does not allow it \(403\)"):
+        concept.push_to_hub("you/my-cat", token=TOKEN)
+
+
+@pytest.mark.parametrize("gallery", ["5", "text", "[5, {text: a}, {text: a, output: {url: [b]}}]"])
+def test_a_card_that_someone_wrote_is_no_obstacle(hub, make_concept, tmp_path, monkeypatch, gallery):
+    content = make_concept().save(tmp_path / "cat.safetensors").read_bytes()
+    written = f"---\nlicense: mit\nwidget: {gallery}\n---\nMine.".encode()
+    hub.add("me/pets", {"README.md": written, "cat.safetensors": content})
+    # A folder of the same name is not the repository.
+    (tmp_path / "me" / "pets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    make_concept("<my-dog>", "dog").push_to_hub("me/pets", weight_name="dog.safetensors", token=TOKEN)
+    assert "# 2 concepts" in card(hub, "me/pets") and "license: mit" in card(hub, "me/pets")
+
+
+def test_a_branch_is_made(hub, concept, make_concept, pipeline):
+    concept.push_to_hub("me/my-cat", token=TOKEN)
+    make_concept(bias=0.9).push_to_hub("me/my-cat", revision="v2", token=TOKEN)
+    make_concept(bias=0.8).push_to_hub("me/my-cat", revision="v2", token=TOKEN)
+    assert read_header("me/my-cat")[2].bias == concept.bias
+    assert read_header("me/my-cat", revision="v2")[2].bias == 0.8
+    pipeline.load_perfusion("me/my-cat", revision="v2")
+
+
+@pytest.mark.parametrize("name", ["cat.bin", "../cat.safetensors", "cats/cat.safetensors", ""])
+def test_the_name_of_the_file_is_one(hub, concept, name):
+    with pytest.raises(ValueError, match=r"weight_name is .*; expected the name of a file that ends in \.safetensors"):
+        push_concept(concept, "me/my-cat", weight_name=name, token=TOKEN)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "match"),
+    [
+        ("me/my-cat", None, r"was not made, so nothing was pushed: the Hub does not know you; log in .* \(401\)"),
+        ("you/my-cat", TOKEN, r"was not made, so nothing was pushed: your token does not allow it \(403\)"),
+    ],
+)
+def test_who_may_not_write(hub, concept, repo_id, token, match):
+    with pytest.raises(OSError, match=match):
+        concept.push_to_hub(repo_id, token=token)
+    assert not hub.repositories
+
+
+def hang_up(handler):
+    raise ConnectionAbortedError
+
+
+def hang_up_afterwards(handler):
+    handler.mute = True
+
+
+def limit(handler):
+    raise Refusal(429, "", "We had to rate limit you")
+
+
+def overtake(handler):
+    raise Refusal(412, "", "A commit has happened since")
+
+
+@pytest.mark.parametrize(
+    ("route", "fault", "match"),
+    [
+        (
+            "/api/models/me/my-cat",
+            limit,
+            r"\(429\); the repository is on the Hub and holds nothing of this push; push",
+        ),
+        ("/preupload/", limit, r"wait some minutes \(429\); the repository .* holds nothing of this push; push again"),
+        ("/preupload/", hang_up, "the repository is on the Hub and holds either all of this push or nothing of it"),
+        ("/commit/", limit, r"wait some minutes \(429\); the repository .* holds nothing of this push; push again"),
+        ("/commit/", hang_up, "the repository is on the Hub and holds either all of this push or nothing of it"),
+        ("/commit/", hang_up_afterwards, "the repository is on the Hub and holds either all of this push or nothing"),
+        ("/commit/", overtake, r"the repository was changed at the same time \(412\); .* nothing of this push"),
+        ("/repos/create", hang_up, "the repository me/my-cat was not made, so nothing was pushed"),
+    ],
+)
+def test_a_push_that_fails_says_how_to_go_on_and_does(hub, concept, route, fault, match):
+    hub.fault = lambda handler: fault(handler) if route in handler.path else None
+    with pytest.raises(OSError, match=match) as raised:
+        concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", picture())], token=TOKEN)
+    assert TOKEN not in str(raised.value) and "\n" not in str(raised.value)
+    held = files(hub).keys() if hub.repositories else set()
+    assert held in (set(), {".gitattributes"}) or fault is hang_up_afterwards
+    hub.fault = lambda handler: None
+    concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", picture())], token=TOKEN)
+    assert files(hub).keys() == {".gitattributes", "README.md", WEIGHT_NAME, "images/perfusion/0.png"}
+    assert find_concept_file("me/my-cat").read_bytes() == files(hub)[WEIGHT_NAME]
+
+
+def test_two_who_push_at_once_do_not_lose_a_card(hub, concept):
+    repository = hub.add("me/my-cat", {})
+    hub.fault = lambda handler: repository.commit("main", {"other": b""}) if "/commit/" in handler.path else None
+    with pytest.raises(OSError, match="the repository was changed at the same time"):
+        concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert files(hub) == {"other": b""}
+
+
+def test_a_base_model_that_is_not_on_the_hub_is_told(hub, make_concept, caplog):
+    make_concept(base_model="my-folder").push_to_hub("me/my-cat", token=TOKEN)
+    assert "names its base model 'my-folder', which is no id of a model on the Hub" in caplog.text
+    assert "\nbase_model:" not in card(hub)
+
+
+# pull
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "match"),
+    [
+        ({"source": "me/nothing"}, {}, ValueError, "'me/nothing' is neither a file or folder here nor a Hub repo"),
+        ({"weight_name": "dog.safetensors"}, {}, FileNotFoundError, "me/my-cat has no dog.safetensors; choose a file"),
+        ({"revision": "v9"}, {}, ValueError, "me/my-cat has no revision 'v9'"),
+        ({}, {"gated": True}, ValueError, "me/my-cat is gated; accept its conditions"),
+        ({"token": "hf_you"}, {"gated": True}, ValueError, "me/my-cat is gated; accept its conditions"),
+        ({"weight_name": "../perfusion.safetensors"}, {}, ValueError, r"weight_name is '../perfusion.safetensors'"),
+        ({"force_download": True}, {"private": True}, ValueError, "'me/my-cat' is neither a file or folder"),
+    ],
+)
+@pytest.mark.parametrize("read", [find_concept_file, read_header])
+def test_what_cannot_be_had(hub, content, arguments, settings, error, match, read):
+    if read is read_header and "force_download" in arguments:
+        arguments = {}
+    hub.add("me/my-cat", {WEIGHT_NAME: content}, **settings)
+    with pytest.raises(error, match=match):
+        read(**{"source": "me/my-cat", **arguments})
+
+
+def cut(handler):
+    handler.cut = 100
+
+
+def claim_more(handler):
+    handler.claim = 10**6
+
+
+def claim_less(handler):
+    handler.claim = 100
+
+
+def is_file(handler):
+    return "/resolve/" in handler.path
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (hang_up, "(was not downloaded: .*; the cache is as it was|and the Hub was not reached)"),
+        (claim_more, "perfusion.safetensors of me/my-cat was not downloaded: .*should be of size 1000000"),
+        (claim_less, "perfusion.safetensors of me/my-cat was not downloaded: .*should be of size 100 "),
+        (limit, r"not in the cache, and the Hub limits how often it is asked; wait some minutes \(429\)"),
+    ],
+)
+def test_after_a_failed_download_the_cache_is_usable(hub, content, fault, match, pipeline):
+    hub.add("me/my-cat", {WEIGHT_NAME: content})
+    hub.fault = lambda handler: fault(handler) if is_file(handler) else None
+    with pytest.raises(OSError, match=match) as raised:
+        pipeline.load_perfusion("me/my-cat")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError):
+        find_concept_file("me/my-cat", local_files_only=True)
+    hub.fault = lambda handler: None
+    pipeline.load_perfusion("me/my-cat")
+
+
+def test_a_download_that_was_cut_goes_on(hub, content):
+    hub.add("me/my-cat", {WEIGHT_NAME: content})
+    cuts = []
+
+    def cut_once(handler):
+        if handler.command == "GET" and not cuts:
+            cuts.append(handler.path)
+            handler.cut = 100
+
+    hub.fault = cut_once
+    with suppress(OSError):  # before huggingface_hub 1 the client does not go on by itself
+        find_concept_file("me/my-cat")
+    assert find_concept_file("me/my-cat").read_bytes() == content
+    assert cuts
+
+
+def test_a_refused_file_is_taken_from_the_cache(hub, content):
+    hub.add("me/my-cat", {WEIGHT_NAME: content})
+    path = find_concept_file("me/my-cat")
+    hub.fault = lambda handler: limit(handler)
+    assert find_concept_file("me/my-cat") == path
+    with pytest.raises(OSError, match=r"wait some minutes \(429\)"):
+        find_concept_file("me/my-cat", force_download=True)
+
+
+@pytest.mark.parametrize("read", [find_concept_file, read_header])
+def test_a_file_too_large_for_a_concept_is_not_downloaded(hub, content, read):
+    hub.add("me/my-cat", {WEIGHT_NAME: content})
+    hub.fault = lambda handler: setattr(handler, "claim", MAX_FILE_BYTES + 1)
+    with pytest.raises(ValueError, match=rf"has {MAX_FILE_BYTES + 1} bytes; a concept file has at most"):
+        read("me/my-cat")
+    assert {method for method, *_ in hub.requests} == {"HEAD"}
+
+
+def header(text):
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b"",
+        b"PK\x03\x04" + bytes(100),
+        b"<html>",
+        header(b"{}"),
+        header(b"[]"),
+        header(b'{"a": 1}'),
+        header(b"[" * 2000),
+        header(b'{"a": {"dtype": [], "shape": 3, "data_offsets": [0, 1]}}'),
+        struct.pack("<Q", 2**62),
+    ],
+    ids=range(9),
+)
+def test_a_file_of_another_format_under_the_right_name(hub, content, other, pipeline):
+    hub.add("me/my-cat", {WEIGHT_NAME: other})
+    with pytest.raises(ValueError, match=WEIGHT_NAME):
+        read_header("me/my-cat")
+    with pytest.raises(ValueError, match=WEIGHT_NAME):
+        pipeline.load_perfusion("me/my-cat")
+    hub.repositories["me/my-cat"].commit("main", {WEIGHT_NAME: content})
+    pipeline.load_perfusion("me/my-cat")
+
+
+def test_offline_after_one_download(hub, content, monkeypatch, pipeline):
+    hub.add("me/my-cat", {WEIGHT_NAME: content})
+    pipeline.load_perfusion("me/my-cat", "online")
+    pipeline.unload_perfusion()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    pipeline.load_perfusion("me/my-cat", local_files_only=True)
+    assert read_header("me/my-cat")[2].superclass == "cat"
+    assert not hub.requests
+
+
+# info, search
+
+
+def test_the_header_is_read_by_range(hub, concept, tmp_path):
+    concept.training = {"notes": "x" * 200_000}
+    path = concept.save(tmp_path / WEIGHT_NAME)
+    hub.add("me/my-cat", {f"step-1/{WEIGHT_NAME}": path.read_bytes()})
+    name, size, found = read_header("me/my-cat", subfolder="step-1", token=TOKEN)
+    assert (name, size) == (f"me/my-cat/step-1/{WEIGHT_NAME}", path.stat().st_size)
+    assert found == read_header(path)[2]
+    assert all(span for method, _, _, span in hub.requests if method == "GET")
+    assert {token for _, _, token, _ in hub.requests} == {TOKEN}
+
+
+def test_search_is_by_base_model(hub, make_concept):
+    make_concept(base_model="me/tiny").push_to_hub("me/my-cat", token=TOKEN)
+    make_concept(base_model="me/other").push_to_hub("me/my-dog", token=TOKEN)
+    make_concept(base_model="me/tiny").push_to_hub("me/my-secret", private=True, token=TOKEN)
+    hub.add("me/lora", {})
+    assert [found.id for found in search_concepts()] == ["me/my-cat", "me/my-dog"]
+    assert [found.id for found in search_concepts("me/tiny")] == ["me/my-cat"]
+    assert [found.id for found in search_concepts("me/tiny", token=TOKEN)] == ["me/my-cat", "me/my-secret"]
+    assert len(search_concepts(limit=1)) == 1
+    hub.fault = limit
+    with pytest.raises(OSError, match=r"the search failed: .* \(429\)"):
+        search_concepts()
+
+
+# command line
+
+
+def test_the_command_line(hub, concept, tmp_path, capsys):
+    concept.training = {"no\x1b[2Jte": "\x1b]0;evil\x07"}
+    path = concept.save(tmp_path / "fitted" / WEIGHT_NAME)
+    picture().save(tmp_path / "beach.jpg")
+    token = ["--token", TOKEN]
+    sample = ["--sample", str(tmp_path / "beach.jpg"), "a <my-cat> on the beach"]
+    assert main(["push", str(path.parent), "me/my-cat", *sample, "--license", "mit", "--private", *token]) == 0
+    assert capsys.readouterr().out.startswith(f"{hub.endpoint}/me/my-cat/commit/")
+    assert "on the beach" in card(hub) and "license: mit" in card(hub)
+
+    assert main(["info", "me/my-cat"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["info", "me/my-cat", *token]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"me/my-cat/{WEIGHT_NAME} ({path.stat().st_size:,} bytes)\n")
+    assert "<my-cat>" in told and "\x1b" not in told
+    assert not any(span is None for method, where, _, span in hub.requests if method == "GET" and "resolve" in where)
+
+    assert main(["search", "me/tiny", *token]) == 0
+    assert capsys.readouterr().out.split() == ["me/my-cat", "a", "photo", "of", "a", "<my-cat>"]
+
+    assert main(["pull", "me/my-cat", "--output_dir", str(tmp_path / "pulled"), *token]) == 0
+    assert (tmp_path / "pulled" / WEIGHT_NAME).read_bytes() == path.read_bytes()
+    assert main(["push", str(path), "me/my-cat", "--create_pr", *token]) == 0
+    assert capsys.readouterr().out.endswith("/discussions/2\n")
+
+
+def test_what_is_no_concept_is_not_pulled(hub, tmp_path, capsys):
+    hub.add("me/my-cat", {WEIGHT_NAME: b"PK" + bytes(100)})
+    assert main(["pull", "me/my-cat", "--output_dir", str(tmp_path / "pulled")]) == 1
+    assert not (tmp_path / "pulled").exists()
+
+
+# fit
+
+
+def test_a_fit_shares_its_concept_and_nothing_else(hub, pipeline, fit_settings, tmp_path):
+    config = FitConfig(
+        **fit_settings,
+        checkpointing_steps=2,
+        validation_prompt=["a <my-cat> on the beach"],
+        num_validation_images=2,
+        push_to_hub=True,
+        hub_token=TOKEN,
+        hub_private=True,
+    )
+    assert TOKEN not in repr(config) and TOKEN not in json.dumps(config.recipe())
+    fit(pipeline, config)
+    pictures = {"images/perfusion/0.png", "images/perfusion/1.png"}
+    assert files(hub, "me/output").keys() == {".gitattributes", "README.md", WEIGHT_NAME} | pictures
+    assert hub.repositories["me/output"].private
+    assert {token for _, _, token, _ in hub.requests} == {TOKEN}
+    output = Path(config.output_dir)
+    assert files(hub, "me/output")[WEIGHT_NAME] == (output / WEIGHT_NAME).read_bytes()
+    assert pipeline.list_perfusion() == []
+    for told in [path.read_bytes() for path in output.rglob("*") if path.is_file()] + list(
+        files(hub, "me/output").values()
+    ):
+        assert TOKEN.encode() not in told
+    for told in files(hub, "me/output").values():
+        assert str(tmp_path).encode() not in told
+
+
+def test_a_fit_that_may_not_share_does_not_start(hub, pipeline, fit_settings):
+    config = FitConfig(**fit_settings, push_to_hub=True, hub_model_id="you/my-cat", hub_token=TOKEN)
+    with pytest.raises(OSError, match="the repository you/my-cat was not made, so nothing was pushed: your token"):
+        fit(pipeline, config)
+    assert not list(Path(config.output_dir).iterdir())
+
+
+def test_a_fit_whose_push_fails_says_how_to_push(hub, pipeline, fit_settings):
+    config = FitConfig(**fit_settings, push_to_hub=True, hub_model_id="me/my-cat", hub_token=TOKEN)
+    hub.fault = lambda handler: limit(handler) if "/commit/" in handler.path else None
+    path = Path(config.output_dir) / WEIGHT_NAME
+    with pytest.raises(OSError, match=re.escape(f"`perfusion push {path} me/my-cat`")):
+        fit(pipeline, config)
+    hub.fault = lambda handler: None
+    assert main(["push", str(path), "me/my-cat", "--token", TOKEN]) == 0
+
+
+# the whole story
+
+READER = """
+import sys, torch
+torch.set_num_threads(1)
+torch.manual_seed(0)
+exec(sys.stdin.read())
+image.save(sys.argv[1])
+"""
+
+OFFLINE_READER = """
+import sys
+from diffusers_perfusion.hub import find_concept_file
+print(find_concept_file("me/my-cat"))
+"""
+
+
+def test_a_reader_draws_the_author_s_picture(hub, fit_settings, tmp_path):
+    """Fit on the pocket model, push; on another machine run the card's code as it stands."""
+    pocket = {path.relative_to(POCKET).as_posix(): path.read_bytes() for path in POCKET.rglob("*") if path.is_file()}
+    hub.add("me/pocket", pocket)
+    captions = tmp_path / "few.txt"
+    captions.write_text("\n".join((POCKET / "captions.txt").read_text().splitlines()[:300]))
+    settings = fit_settings | {
+        "pretrained_model_name_or_path": "me/pocket",
+        "covariance": str(captions),
+        "max_train_steps": 2,
+        "train_batch_size": 2,
+    }
+    author = PerfusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    fit(author, FitConfig(**settings, push_to_hub=True, hub_model_id="me/my-cat", hub_token=TOKEN))
+
+    (code,) = re.findall(r"```python\n(.*?)```", card(hub), re.DOTALL)
+    author = PerfusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    author.load_perfusion(settings["output_dir"])
+    torch.manual_seed(0)
+    expected = author("a photo of a <my-cat>").images[0]
+
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "another-machine"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    online = [sys.executable, "-c", READER, str(tmp_path / "drawn.png")]
+    subprocess.run(online, input=code, text=True, check=True, env=environment)
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.tobytes() == expected.tobytes()
+    hub.requests.clear()
+    offline = [sys.executable, "-c", OFFLINE_READER]
+    found = subprocess.run(
+        offline, stdout=subprocess.PIPE, text=True, check=True, env=environment | {"HF_HUB_OFFLINE": "1"}
+    ).stdout
+    assert Path(found.strip()).read_bytes() == files(hub)[WEIGHT_NAME]
+    assert not hub.requests
