@@ -45,7 +45,6 @@ class BaseModel:
 
     def __init__(self, source):
         self.pipeline = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
-        self.pipeline.text_encoder.float()
         self.pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, captions):

@@ -1,7 +1,7 @@
-"""Put the parts together: an ordinary diffusers folder, in fp16.
+"""Put the parts together: an ordinary diffusers folder, in fp16 but for the text encoder.
 
     python examples/pocket/recipe/export.py --tokenizer pocket/tokenizer --vae pocket/vae --trained training \
-        --output_dir pocket-fp16
+        --output_dir pocket
 """
 
 import argparse
@@ -33,6 +33,7 @@ def main(args=None):
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16)
+    pipeline.text_encoder.float()  # transformers loads the type that is stored, and a CPU cannot use halves
     with finished(arguments.output_dir) as folder:
         pipeline.save_pretrained(folder)
 
