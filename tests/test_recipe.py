@@ -62,9 +62,9 @@ def test_the_exported_folder_is_a_pipeline_that_draws(built):
     pipeline.set_progress_bar_config(disable=True)
     (image,) = pipeline("a cat on the beach", num_inference_steps=2, output_type="pt").images
     assert image.shape == (3, 64, 64) and image.isfinite().all()
-    assert {
-        p.dtype for p in load_file(built.folder / "model" / "vae" / "diffusion_pytorch_model.safetensors").values()
-    } == {torch.float16}
+    for part, dtype in (("unet", torch.float16), ("vae", torch.float16), ("text_encoder", torch.float32)):
+        (file,) = (built.folder / "model" / part).glob("*.safetensors")
+        assert {value.dtype for value in load_file(file).values() if value.is_floating_point()} == {dtype}
 
 
 def test_the_evaluators_load_like_any_other(built):
