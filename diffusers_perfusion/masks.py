@@ -162,14 +162,15 @@ def attention_masks(
     wanted = torch.tensor(superclass_ids(tokenizer, superclass))
     ids = tokenize(tokenizer, [f"a photo of a {superclass}"])
     start = int((ids[0].unfold(0, len(wanted), 1) == wanted).all(-1).nonzero()[0, 0])
-    recorder = _Recorder(slice(start, start + len(wanted)))
+    tokens = slice(start, start + len(wanted))
+    recorded: dict[int, list[Tensor]] = {}
     encodings = encode(text_encoder, ids).to(latents).expand(len(latents), -1, -1)
     generator = torch.Generator().manual_seed(seed)
     layers = cross_attention_layers(unet)
     processors = {name: layer.processor for name, layer in layers.items()}
     try:
         for layer in layers.values():
-            layer.set_processor(recorder.around(layer.processor))
+            layer.set_processor(_RecordingProcessor(layer.processor, tokens, recorded))  # type: ignore[arg-type]
         for level in _NOISE_LEVELS:
             timestep = torch.tensor(int(level * scheduler.config.num_train_timesteps), device=latents.device)
             for _ in range(_NOISES):
@@ -178,55 +179,30 @@ def attention_masks(
     finally:
         for name, layer in layers.items():
             layer.set_processor(processors[name])
-    finest = sorted(recorder.maps, reverse=True)[:2]
-    maps = [
-        F.interpolate(torch.stack(recorder.maps[size]).mean(0), latents.shape[-2:], mode="bicubic") for size in finest
-    ]
+    finest = sorted(recorded, reverse=True)[:2]
+    maps = [F.interpolate(torch.stack(recorded[size]).mean(0), latents.shape[-2:], mode="bicubic") for size in finest]
     mean = torch.stack([attention / attention.mean((1, 2, 3), keepdim=True) for attention in maps]).mean(0)
     low, high = torch.quantile(mean.flatten(1), torch.tensor(_QUANTILES).to(mean), dim=1).view(2, -1, 1, 1, 1)
     return ((mean - low) / (high - low)).clamp(0, 1)
 
 
-class _Recorder:
-    """Keeps what cross-attention layers attend to at some tokens: maps `(batch, 1, h, w)` by the side of the map."""
+class _RecordingProcessor:
+    """Does what another processor does, and keeps what the layer attends to at some tokens on the way.
 
-    def __init__(self, tokens: slice):
-        self.tokens = tokens
-        self.maps: dict[int, list[Tensor]] = {}
+    Args:
+        processor: the other one.
+        tokens: positions whose attention is added up.
+        maps: where it is kept: maps `(batch, 1, h, w)` by the side of the map.
+    """
 
-    def around(self, processor: Any) -> Any:
-        """A processor that does what another does and records on the way."""
+    def __init__(self, processor: Any, tokens: slice, maps: dict[int, list[Tensor]]):
+        self.processor, self.tokens, self.maps = processor, tokens, maps
 
-        def call(
-            attn: Attention,
-            hidden_states: Tensor,
-            encoder_hidden_states: Tensor | None = None,
-            attention_mask: Tensor | None = None,
-            temb: Tensor | None = None,
-        ) -> Tensor:
-            side = round(hidden_states.shape[1] ** 0.5)
-            query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-            key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
-            scores = attn.get_attention_scores(query, key)[..., self.tokens].sum(-1)
-            maps = scores.reshape(len(hidden_states), -1, side, side).mean(1, keepdim=True)
-            self.maps.setdefault(side, []).append(maps.float())
-            return processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-
-        return _Call(call)
-
-
-class _Call:
-    """A function as diffusers wants a processor: an object whose `__call__` has the signature it is called with."""
-
-    def __init__(self, function: Any):
-        self.function = function
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        return self.function(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        side = round(hidden_states.shape[1] ** 0.5)
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        scores = attn.get_attention_scores(query, key)[..., self.tokens].sum(-1)
+        maps = scores.reshape(len(hidden_states), -1, side, side).mean(1, keepdim=True)
+        self.maps.setdefault(side, []).append(maps.float())
+        return self.processor(attn, hidden_states, encoder_hidden_states, **kwargs)
