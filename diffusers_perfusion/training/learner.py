@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
@@ -152,7 +153,10 @@ class Learner:
     def _forward(self, pictures: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and the mean encoding at the concept's word, `(d,)`, out of the graph."""
         unet = self.pipeline.unet
-        encodings = encode(self.pipeline.text_encoder, self.prompt_ids)[prompts]
+        # Rows are chosen by a product with ones and zeros: the backward of indexing adds up repeated rows in whatever
+        # order threads come, and a fit that goes on would not end in the same bits.
+        chosen = F.one_hot(prompts, len(TEMPLATES)).float()
+        encodings = torch.tensordot(chosen, encode(self.pipeline.text_encoder, self.prompt_ids), dims=1)
         at_word = encodings[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
         encodings = encodings.to(unet.dtype)
         self._state.prepare(encodings, [(self.config.placeholder_token,)] * len(prompts))

@@ -226,6 +226,21 @@ def test_a_loss_that_is_not_finite_is_an_error_at_any_step(make_learner, pipelin
         learner.step(1)
 
 
+def test_threads_do_not_change_a_bit(make_learner):
+    """Sums in the order in which threads come would make every fit another one."""
+    learner = make_learner(train_batch_size=256)
+    drawn = learner._draw(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        gradients = [
+            torch.autograd.grad(learner._forward(*drawn)[0], learner.concept.word_embedding)[0] for _ in range(6)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def rates(learner, steps):
     """Learning rates of the values and of the word in each step."""
     found = []
