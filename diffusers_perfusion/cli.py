@@ -22,11 +22,17 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 1 for bad input (one sentence on stderr) or 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="perfusion", description="Personalise a text-to-image model with Perfusion.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, (run, add_arguments, help) in _COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
-        add_arguments(command)
+        if name in argv[:1]:  # the flags of a fit need the packages that a fit needs
+            try:
+                add_arguments(command)
+            except ImportError as error:
+                print(f"perfusion: {error}; install diffusers_perfusion[train]", file=sys.stderr)
+                return 1
         command.set_defaults(run=run)
     arguments = vars(parser.parse_args(argv))
     run = arguments.pop("run")
@@ -117,10 +123,16 @@ def generate(
     output_dir: Path,
 ) -> None:
     """Draw prompts with concepts, one PNG each."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    concepts = [PerfusionConcept.load(find_concept_file(source)) for source in concept]
+    for text in prompt:
+        if not any(held.placeholder_token in text for held in concepts):
+            words = ", ".join(held.placeholder_token for held in concepts)
+            print(f"perfusion: the prompt {text!r} holds none of the words {words}", file=sys.stderr)
+    # The accelerator that torch was built for need not be in this machine.
+    device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
     pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path)
     add_perfusion(pipeline)
-    pipeline.load_perfusion(concept)
+    pipeline.load_perfusion(concepts)
     pipeline.set_perfusion(bias=bias, temperature=temperature, locking=locking)
     if device.type == "cpu":
         # Some releases of transformers keep the half precision that a text encoder was stored in; a CPU cannot use it.

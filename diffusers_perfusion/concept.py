@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not bounds[0] <= value <= bounds[1]:
+    if isinstance(value, bool) or not isinstance(value, Real) or not bounds[0] <= float(value) <= bounds[1]:
         raise ValueError(f"{name} is {value!r}; expected a number from {bounds[0]} to {bounds[1]}")
     return float(value)
 
@@ -154,7 +155,7 @@ class ConceptHeader:
             return _header_of(file)
 
 
-@dataclass
+@dataclass(eq=False)
 class PerfusionConcept:
     """One learned concept: the contents of a concept file.
 

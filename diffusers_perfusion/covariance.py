@@ -10,6 +10,7 @@ at its floor of 0.018 in each case.
 import hashlib
 import itertools
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def second_moment(tokenizer: Any, text_encoder: PreTrainedModel, captions: Itera
                 batch, padding=True, max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
             )
             e = encode(text_encoder, tokens.input_ids)
-            e = e[tokens.attention_mask.bool().to(e.device)].double()
+            e = e[tokens.attention_mask.bool().to(e.device)].cpu().double()  # some accelerators have no float64
             total = e.T @ e if total is None else total + e.T @ e
             count += len(e)
             progress.update(len(batch))
@@ -129,6 +130,8 @@ def load_covariance(path: str | os.PathLike) -> Tensor:
         return check_covariance(held.float())
     except FileNotFoundError:
         raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, which could run code; expected one matrix") from error
     except Exception as error:  # each reader has errors of its own for a broken file
         raise ValueError(f"{path} is not a covariance file: {error}") from error
 

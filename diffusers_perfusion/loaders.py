@@ -152,6 +152,8 @@ class PerfusionLoaderMixin:
         state.refresh()
         if state.enabled:
             state.words.enable()
+        else:
+            logger.warning(f"Perfusion is disabled on this pipeline; {name!r} is applied from enable_perfusion() on.")
         self._check_processors()
 
     def set_perfusion(
@@ -337,6 +339,28 @@ class PerfusionLoaderMixin:
             commit_message=commit_message,
             revision=revision,
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save the pipeline without its concepts, as the diffusers pipeline it is: any diffusers loads it.
+
+        Arguments are those of `DiffusionPipeline.save_pretrained`; `save_perfusion` saves a concept beside it.
+        """
+        kind = type(self)
+        plain = next(
+            c for c in kind.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, PerfusionLoaderMixin)
+        )
+        state = get_state(self.unet)
+        enabled = state is not None and state.words.enabled
+        if state is not None:
+            state.words.disable()
+        # A pipeline is saved under the name of its class.
+        self.__class__ = plain  # type: ignore[assignment]
+        try:
+            plain.save_pretrained(self, save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = kind
+            if state is not None and enabled:
+                state.words.enable()
 
     def _one_concept(self, action: str, concept_name: str | None) -> PerfusionConcept:
         """The concept of that name, or the only one."""

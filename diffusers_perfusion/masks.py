@@ -183,7 +183,8 @@ def attention_masks(
     maps = [F.interpolate(torch.stack(recorded[size]).mean(0), latents.shape[-2:], mode="bicubic") for size in finest]
     mean = torch.stack([attention / attention.mean((1, 2, 3), keepdim=True) for attention in maps]).mean(0)
     low, high = torch.quantile(mean.flatten(1), torch.tensor(_QUANTILES).to(mean), dim=1).view(2, -1, 1, 1, 1)
-    return ((mean - low) / (high - low)).clamp(0, 1)
+    # A map with no contrast tells nothing, so nothing is masked out.
+    return torch.where(high > low, (mean - low) / (high - low), 1.0).clamp(0, 1)
 
 
 class _RecordingProcessor:

@@ -145,13 +145,14 @@ class PerfusionState:
         by_word = {self.loaded[name].concept.placeholder_token: name for name in self.active}
         rows_of: dict[tuple[str, ...], list[int]] = {}
         for row, held in enumerate(words):
-            if names := tuple(by_word[word] for word in held if word in by_word):
+            if names := tuple(sorted(by_word[word] for word in held if word in by_word)):
                 rows_of.setdefault(names, []).append(row)
         if not rows_of:
             self._warn_unseen()
             return None
         self._unseen = ()
-        order = sorted({name for names in rows_of for name in names}, key=self.active.index)
+        # By name, so that the order in which they were loaded or stand in a prompt does not change a bit.
+        order = sorted({name for names in rows_of for name in names})
         entries = [self.loaded[name] for name in order]
         for entry in entries:
             if entry.concept.target_input.device != encodings.device:

@@ -180,11 +180,10 @@ class ConceptWords:
         """
         if self._plain is None:
             return
-        foreign = len(self.tokenizer) - self._size
-        if foreign:
+        if foreign := sorted(set(self.tokenizer.get_added_vocab()) - self._added):
             raise ValueError(
-                f"{foreign} tokens were added to the tokenizer after the concepts were loaded, and would be lost; "
-                "unload them first (unload_textual_inversion), or load them before the concepts"
+                f"the tokens {', '.join(foreign)} were added to the tokenizer after the concepts were loaded, and "
+                "would be lost; unload them first (unload_textual_inversion), or load them before the concepts"
             )
         self.tokenizer.__dict__ = self._plain
         self._plain = None
@@ -215,7 +214,7 @@ class ConceptWords:
         ]
         extended.add_tokens(tokens)
         self._ids = dict(zip(extended.convert_tokens_to_ids(list(self._words)), self._words, strict=True))
-        self._size = len(extended)
+        self._added = set(extended.get_added_vocab())
         self._extended = extended.__dict__
 
     def _mask(self, input_ids: Tensor) -> Tensor:

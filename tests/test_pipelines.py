@@ -1,5 +1,6 @@
+import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from diffusers_perfusion import PerfusionPipeline, add_perfusion
 
@@ -33,3 +34,31 @@ def test_add_perfusion_keeps_the_pipeline_what_it_was(plain_pipeline, make_conce
     assert not torch.equal(generate("a <my-cat>", plain_pipeline), before)
     plain_pipeline.unload_perfusion()
     assert torch.equal(generate("a <my-cat>", plain_pipeline), before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_pipeline_is_saved_as_any_diffusers_can_load_it(pipeline, make_concept, generate, tmp_path, enabled):
+    base = generate("a <my-cat>")
+    pipeline.load_perfusion(make_concept())
+    if not enabled:
+        pipeline.disable_perfusion()
+    before = generate("a <my-cat>")
+    pipeline.save_pretrained(tmp_path)
+    assert type(pipeline) is PerfusionPipeline
+    assert torch.equal(generate("a <my-cat>"), before)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is StableDiffusionPipeline
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(generate("a <my-cat>", loaded), base)
+
+
+def test_neither_order_changes_a_bit(pipeline, make_concept, generate):
+    """Of loading, and of activating."""
+    cat, dog = make_concept(), make_concept("<my-dog>", "dog", seed=1)
+    pipeline.load_perfusion([cat, dog])
+    drawn = generate("a <my-cat> on a <my-dog>")
+    pipeline.unload_perfusion()
+    pipeline.load_perfusion([dog, cat])
+    assert torch.equal(generate("a <my-cat> on a <my-dog>"), drawn)
+    pipeline.set_perfusion(["my-cat", "my-dog"])
+    assert torch.equal(generate("a <my-cat> on a <my-dog>"), drawn)

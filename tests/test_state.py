@@ -179,7 +179,7 @@ def test_each_row_is_edited_by_its_own_concepts(state, load):
         if held:
             state.mark(row, held, None)
     state.prepare(encodings)
-    assert state.edit.concepts == (cat, dog, bear)
+    assert state.edit.concepts == (bear, cat, dog)
     for row, concepts in enumerate([(cat, dog), (dog,), (), (bear,), (dog, bear), (dog,)]):
         columns = [state.edit.concepts.index(concept) for concept in concepts]
         others = [n for n in range(3) if n not in columns]
@@ -189,7 +189,7 @@ def test_each_row_is_edited_by_its_own_concepts(state, load):
             coef, gate = expected(encodings[row], *concepts)
             torch.testing.assert_close(state.edit.coef[row][:, columns], coef)
             torch.testing.assert_close(state.edit.gate[row][:, columns], gate)
-    for n, concept in enumerate((cat, dog, bear)):
+    for n, concept in enumerate((bear, cat, dog)):
         assert torch.equal(state.edit.target_input[n], concept.target_input)
         assert torch.equal(state.edit.superclass_input[n], concept.superclass_input)
 
@@ -197,7 +197,7 @@ def test_each_row_is_edited_by_its_own_concepts(state, load):
 def test_only_active_concepts_edit(state, load):
     cat, dog = load("cat", 0), load("dog", 1)
     state.mark(encoding(0), ("<cat>", "<dog>"), None)
-    for active, concepts in ((["dog"], (dog,)), (["dog", "cat"], (dog, cat))):
+    for active, concepts in ((["dog"], (dog,)), (["dog", "cat"], (cat, dog)), (["cat", "dog"], (cat, dog))):
         state.active = active
         state.refresh()
         state.prepare(encoding(0)[None])

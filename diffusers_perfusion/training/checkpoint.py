@@ -37,6 +37,7 @@ def save_checkpoint(
     """
     path = Path(output_dir) / f"{_PREFIX}{step}"
     temporary = Path(output_dir) / f".{path.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     temporary.mkdir()
     try:
         header = json.dumps({"step": step, "recipe": recipe})

@@ -17,7 +17,7 @@ from ..loaders import add_perfusion
 from ..masks import subject_masks
 from ..pictures import read_pictures, to_tensor
 from ..text import ConceptWords, superclass_ids
-from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import FitConfig
 from .data import make_subject
 from .learner import NAME, Learner
@@ -76,7 +76,11 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     pictures = read_pictures(
         config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, smallest=factor
     )
-    start, state = 0, None
+    if config.covariance and not Path(config.covariance).is_file():
+        raise ValueError(
+            f"{config.covariance} is not a file; expected captions, or a .npy, .pt or .safetensors matrix, for C"
+        )
+    start, state, checkpoint = 0, None, None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         start, state = load_checkpoint(checkpoint, _recipe(config, accelerator))
@@ -97,7 +101,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     )
     subject = make_subject(pipeline.vae, to_tensor([picture.image for picture in pictures]), masks, config.random_flip)
     with accelerator.local_main_process_first():
-        c_inv = invert(_covariance(pipeline, config)).to(accelerator.device)
+        c_inv = invert(_covariance(pipeline, config))
     _move(pipeline.unet, accelerator.device, _PRECISIONS.get(accelerator.mixed_precision, torch.float32))
     checkpointed = pipeline.unet.is_gradient_checkpointing
     if config.gradient_checkpointing:
@@ -107,7 +111,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
         learner = Learner(pipeline, config, accelerator, subject, c_inv)
         if state is not None:
             learner.load_state_dict(state)
-        concept = _run(learner, start, facts)
+        concept = _run(learner, start, checkpoint, facts)
     finally:
         pipeline.unload_perfusion()
         if not checkpointed:
@@ -147,20 +151,18 @@ def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 def _covariance(pipeline: Any, config: FitConfig) -> Tensor:
     """`C` from where the config says, or from captions that lie with the base model, or from generated ones."""
     source = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
-    if config.covariance and not source.is_file():
-        raise ValueError(f"{source} is not a file; expected captions, or a .npy, .pt or .safetensors matrix, for C")
     if source.suffix in (".npy", ".pt", ".safetensors"):
         return check_covariance(load_covariance(source), pipeline.unet.config.cross_attention_dim)
     return cached_covariance(pipeline.tokenizer, pipeline.text_encoder, source if source.is_file() else None)
 
 
-def _run(learner: Learner, start: int, facts: dict[str, Any]) -> PerfusionConcept:
-    """The steps, with what happens between them."""
+def _run(learner: Learner, start: int, checkpoint: Path | None, facts: dict[str, Any]) -> PerfusionConcept:
+    """The steps, with what happens between them; `checkpoint` is what they go on from."""
     config, accelerator = learner.config, learner.accelerator
     output_dir = Path(config.output_dir)
     if accelerator.log_with:
         accelerator.init_trackers("perfusion", {k: str(v) for k, v in config.recipe().items()})
-    step = start
+    step, last = start, checkpoint
     progress = tqdm(
         total=config.max_train_steps, initial=start, desc="Steps", disable=not accelerator.is_local_main_process
     )
@@ -175,7 +177,7 @@ def _run(learner: Learner, start: int, facts: dict[str, Any]) -> PerfusionConcep
                 continue
             if step % config.checkpointing_steps == 0:
                 concept = learner.result(**_how(config, step, facts))
-                save_checkpoint(
+                last = save_checkpoint(
                     output_dir,
                     step,
                     learner.state_dict(),
@@ -186,10 +188,9 @@ def _run(learner: Learner, start: int, facts: dict[str, Any]) -> PerfusionConcep
             if config.validation_prompt and step % config.validation_steps == 0:
                 validate(learner.pipeline, NAME, config, accelerator, step)
     except KeyboardInterrupt:
-        last = list_checkpoints(output_dir)[-1:]
         logger.warning(
             f"The fit was stopped at step {step}. "
-            + (f"Go on from {last[0]} with --resume_from_checkpoint latest." if last else "It has no checkpoint yet.")
+            + (f"Go on from {last} with --resume_from_checkpoint latest." if last else "It has no checkpoint yet.")
         )
         raise
     finally:

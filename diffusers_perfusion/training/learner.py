@@ -32,7 +32,7 @@ class Learner:
         config: settings.
         accelerator: processes, device and precision.
         subject: what it learns from.
-        c_inv: `C⁻¹`, `(d, d)` in float64.
+        c_inv: `C⁻¹`, `(d, d)` in float64 on the CPU, since some accelerators have none.
 
     Attributes:
         concept: as it stands; its tensors are the parameters.
@@ -104,7 +104,7 @@ class Learner:
         return self._state.loaded[NAME].concept
 
     def _inverse(self, target_input: Tensor) -> Tensor:
-        return (self.c_inv @ target_input.double()).float()
+        return (self.c_inv @ target_input.cpu().double()).to(target_input)
 
     def step(self, index: int) -> float:
         """One optimizer step, and its mean loss over all processes.
