@@ -64,7 +64,8 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not bounds[0] <= float(value) <= bounds[1]:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number and bounds[0] <= value <= bounds[1]):
         raise ValueError(f"{name} is {value!r}; expected a number from {bounds[0]} to {bounds[1]}")
     return float(value)
 
