@@ -1,5 +1,6 @@
 """Pictures and texts as unit vectors, in the space of a CLIP or of a DINO-style encoder."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 BATCH = 64
 
 
-class _Encoder:
+class _Encoder(ABC):
     """A model in evaluation mode, and how it sees pictures."""
 
     def __init__(self, model: Any, image_processor: Any):
@@ -32,8 +33,9 @@ class _Encoder:
         pixels = self.image_processor(images=list(pictures), return_tensors="pt").pixel_values
         return self._picture_embeddings(pixels.to(self.model.device, self.model.dtype))
 
+    @abstractmethod
     def _picture_embeddings(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Embeddings of preprocessed pictures, `(batch, d)`, of any length."""
 
 
 class ClipEncoder(_Encoder):

@@ -87,6 +87,13 @@ def test_a_crash_while_writing_leaves_no_part_of_a_checkpoint(save, tmp_path, mo
     assert load_checkpoint(tmp_path / "checkpoint-25", RECIPE)[0] == 25
 
 
+def test_what_a_killed_process_left_is_no_obstacle(save, tmp_path):
+    """In a container the next process may well have the same number."""
+    (tmp_path / f".checkpoint-25-{os.getpid()}").mkdir()
+    assert save(25).name == "checkpoint-25"
+    assert names(tmp_path) == ["checkpoint-25"]
+
+
 def test_finding_a_checkpoint(save, tmp_path):
     for step in (5, 25):
         save(step)

@@ -209,6 +209,14 @@ def test_ctrl_c_before_the_first_checkpoint(run, stop, caplog):
     assert "stopped at step 1. It has no checkpoint yet." in caplog.text
 
 
+def test_ctrl_c_does_not_name_the_checkpoint_of_another_fit(run, stop, caplog):
+    run(checkpointing_steps=2)
+    stop(1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(seed=1)
+    assert "stopped at step 1. It has no checkpoint yet." in caplog.text
+
+
 def flags(settings):
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
