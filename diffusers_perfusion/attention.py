@@ -82,7 +82,8 @@ class _EditedAttention:
         """Learned values `o*_V`."""
         self.unused.discard("to_v")
         w_i = _linear(self._attn.to_v, self._edit.target_input.to(encodings.dtype))
-        o = torch.stack([concept.target_outputs[self._layer] for concept in self._edit.concepts])
+        # Cast one by one: autocast on a CPU does not stack half precision, in which files are stored.
+        o = torch.stack([concept.target_outputs[self._layer].to(encodings.dtype) for concept in self._edit.concepts])
         return edit(self._attn.to_v(encodings, *args), self._edit.coef, self._edit.gate, w_i, o)
 
 

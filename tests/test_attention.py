@@ -219,6 +219,20 @@ def test_half_precision_models_are_edited(unet, state, load, dtype):
             assert (got.float() - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_a_concept_as_it_is_stored_is_edited_under_autocast(unet, state, load):
+    load("my-cat")
+    attach(unet, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        edited = predict(unet)
+        state.loaded["my-cat"].concept = state.loaded["my-cat"].concept.to(torch.float16)
+        state.refresh()
+        stored = predict(unet)
+        state.active.clear()
+        state.refresh()
+        plain = predict(unet)
+    assert (stored - edited).norm() < 0.2 * (edited - plain).norm()
+
+
 # Over other processors
 
 
