@@ -8,6 +8,16 @@ from diffusers.optimization import SchedulerType
 
 from ..concept import check_bias, check_temperature, check_words
 
+_CRITERIA = ("harmonic_mean", "identity", "text")
+
+_SELECTION_PROMPTS = (
+    "a {} on the beach",
+    "a {} in the snow",
+    "a {} wearing a top hat",
+    "a {} next to an umbrella",
+    "a black and white photo of a {}",
+)
+
 # `piecewise_constant` needs rules that no setting here gives.
 _SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 
@@ -95,6 +105,26 @@ class FitConfig:
     )
     num_validation_images: int = _option("Validation pictures for each prompt.", 4)
     validation_steps: int = _option("Steps between validation pictures.", 50)
+    select_by: Literal["harmonic_mean", "identity", "text"] | None = _option(
+        "Keep the step with the best score: 'identity' (like the pictures of the subject), 'text' (like the prompt), "
+        "or the 'harmonic_mean' of both (the paper's). By default the last step is kept."
+    )
+    selection_prompt: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Prompt for the pictures that are scored, with the concept's word; repeatable. By default "
+            f"{len(_SELECTION_PROMPTS)}: places, something worn, a companion, a style."
+        },
+    )
+    num_selection_images: int = _option("Scored pictures for each prompt.", 2)
+    selection_steps: int = _option("Steps between scores; the last step is always scored.", 25)
+    clip_model: str = _option(
+        "Id on the Hub, or folder, of the CLIP that scores 'text'.", "openai/clip-vit-large-patch14"
+    )
+    identity_model: str = _option(
+        "Id on the Hub, or folder, of the DINO-style model that scores 'identity'; the same as clip_model for CLIP-I.",
+        "facebook/dinov2-base",
+    )
     checkpointing_steps: int = _option("Steps between checkpoints.", 25)
     checkpoints_total_limit: int | None = _option("How many checkpoints to keep; the oldest go. By default all.")
     resume_from_checkpoint: str | None = _option(
@@ -118,6 +148,8 @@ class FitConfig:
             "gradient_accumulation_steps",
             "num_validation_images",
             "validation_steps",
+            "num_selection_images",
+            "selection_steps",
             "checkpointing_steps",
         ):
             if getattr(self, name) < 1:
@@ -136,9 +168,14 @@ class FitConfig:
         check_words(self.placeholder_token, self.superclass)
         check_bias(self.train_bias)
         check_temperature(self.train_temperature)
-        for prompt in self.validation_prompt:
-            if self.placeholder_token not in prompt:
-                raise ValueError(f"the validation prompt {prompt!r} does not hold the word {self.placeholder_token}")
+        if self.select_by not in (None, *_CRITERIA):
+            raise ValueError(f"select_by is {self.select_by!r}; expected one of {', '.join(_CRITERIA)}")
+        if not self.selection_prompt:
+            self.selection_prompt = [prompt.format(self.placeholder_token) for prompt in _SELECTION_PROMPTS]
+        for kind, prompts in (("validation", self.validation_prompt), ("selection", self.selection_prompt)):
+            for prompt in prompts:
+                if self.placeholder_token not in prompt:
+                    raise ValueError(f"the {kind} prompt {prompt!r} does not hold the word {self.placeholder_token}")
 
     @property
     def base_model(self) -> str:

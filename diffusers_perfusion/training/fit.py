@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.utils import logging
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -21,6 +22,7 @@ from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import FitConfig
 from .data import make_subject
 from .learner import NAME, Learner
+from .selection import Selection
 from .validation import draw, validate
 
 logger = logging.get_logger(__name__)
@@ -42,6 +44,8 @@ def make_accelerator(config: FitConfig) -> Accelerator:
 def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None) -> PerfusionConcept:
     """Fit a concept to a folder of pictures, and write `perfusion.safetensors` into the output folder.
 
+    It is the concept as it is after the last step, or with `config.select_by` after the step that scores best.
+
     The pipeline's models are frozen, moved to the accelerator's device and, but for the UNet under mixed precision,
     cast to float32. When the fit is over, the pipeline has no concept loaded.
 
@@ -52,9 +56,9 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
 
     Raises:
         FileNotFoundError: if there is no such checkpoint to resume from.
-        ValueError: if the words, the pictures, the model or the checkpoint cannot be used; before any long work.
+        ValueError: if the words, the pictures, a model or the checkpoint cannot be used; before any long work.
         OSError: if the concept is to be shared and the Hub refuses: before any long work, or when the file is written.
-        RuntimeError: if the gradients of the first step are all zero or not finite.
+        RuntimeError: if the gradients of the first step are all zero or not finite, or a package is missing.
         KeyboardInterrupt: passed on, after a line that says which checkpoint the fit can go on from.
     """
     accelerator = accelerator or make_accelerator(config)
@@ -84,6 +88,9 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         start, state = load_checkpoint(checkpoint, _recipe(config, accelerator))
+    selection = None
+    if config.select_by and accelerator.is_main_process:
+        selection = Selection(config, [picture.image for picture in pictures], accelerator.device)
     repo_id = None
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -111,7 +118,9 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
         learner = Learner(pipeline, config, accelerator, subject, c_inv)
         if state is not None:
             learner.load_state_dict(state)
-        concept = _run(learner, start, checkpoint, facts)
+            if selection is not None:
+                selection.load_state_dict(state)
+        concept = _run(learner, selection, start, checkpoint, facts)
     finally:
         pipeline.unload_perfusion()
         if not checkpointed:
@@ -127,7 +136,7 @@ def _share(pipeline: Any, config: FitConfig, accelerator: Accelerator, repo_id: 
     path = Path(config.output_dir) / WEIGHT_NAME
     pipeline.load_perfusion(path, NAME)
     try:
-        rows = draw(pipeline, NAME, config, accelerator)
+        rows = draw(pipeline, NAME, config.validation_prompt, config.num_validation_images, config.seed, accelerator)
     finally:
         pipeline.unload_perfusion()
     samples = [
@@ -156,7 +165,9 @@ def _covariance(pipeline: Any, config: FitConfig) -> Tensor:
     return cached_covariance(pipeline.tokenizer, pipeline.text_encoder, source if source.is_file() else None)
 
 
-def _run(learner: Learner, start: int, checkpoint: Path | None, facts: dict[str, Any]) -> PerfusionConcept:
+def _run(
+    learner: Learner, selection: Selection | None, start: int, checkpoint: Path | None, facts: dict[str, Any]
+) -> PerfusionConcept:
     """The steps, with what happens between them; `checkpoint` is what they go on from."""
     config, accelerator = learner.config, learner.accelerator
     output_dir = Path(config.output_dir)
@@ -175,18 +186,24 @@ def _run(learner: Learner, start: int, checkpoint: Path | None, facts: dict[str,
             accelerator.log({"loss": loss}, step=step)
             if not accelerator.is_main_process:
                 continue
+            # Before the checkpoint, which holds the scores as well.
+            if selection is not None and step % config.selection_steps == 0:
+                selection.score(learner, step)
             if step % config.checkpointing_steps == 0:
                 concept = learner.result(**_how(config, step, facts))
                 last = save_checkpoint(
                     output_dir,
                     step,
-                    learner.state_dict(),
+                    learner.state_dict() | (selection.state_dict() if selection is not None else {}),
                     _recipe(config, accelerator),
                     concept,
                     config.checkpoints_total_limit,
                 )
             if config.validation_prompt and step % config.validation_steps == 0:
                 validate(learner.pipeline, NAME, config, accelerator, step)
+        # In no checkpoint, if it is out of turn: a fit that goes on to later steps would not have scored this one.
+        if selection is not None and step not in selection.scores:
+            selection.score(learner, step)
     except KeyboardInterrupt:
         logger.warning(
             f"The fit was stopped at step {step}. "
@@ -195,6 +212,13 @@ def _run(learner: Learner, start: int, checkpoint: Path | None, facts: dict[str,
         raise
     finally:
         progress.close()
+    if config.select_by:
+        chosen = [step, learner.state_dict()] if selection is None else [selection.chosen, selection.best]
+        step, state = broadcast_object_list(chosen)  # only the main process has scores
+        learner.load_state_dict(state)
+        facts = facts | {"select_by": config.select_by}
+    if selection is not None:
+        logger.warning(selection.outcome)
     concept = learner.result(**_how(config, step, facts))
     if accelerator.is_main_process:
         concept.save(output_dir / WEIGHT_NAME)

@@ -1,5 +1,6 @@
 """Validation pictures, from the pipeline that is in memory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,31 @@ GUIDANCE_SCALE = 6.0  # the paper's
 
 
 @torch.no_grad()
-def draw(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerator) -> list[list[Image.Image]]:
-    """The validation pictures of each prompt, drawn with a concept that is loaded."""
+def draw(
+    pipeline: Any, name: str, prompts: Sequence[str], num_images: int, seed: int, accelerator: Accelerator
+) -> list[list[Image.Image]]:
+    """Pictures of each prompt, drawn with a concept that is loaded, at its own bias and temperature.
+
+    Args:
+        pipeline: with the concept loaded; its settings are put back.
+        name: of the concept.
+        prompts: what to draw.
+        num_images: pictures of each prompt.
+        seed: of each prompt's noise.
+        accelerator: device and precision.
+
+    Returns:
+        A row a prompt.
+    """
     rows = []
     with pipeline.set_perfusion(name), accelerator.autocast():
-        for prompt in config.validation_prompt:
+        for prompt in prompts:
             pictures = pipeline(
                 prompt,
                 num_inference_steps=INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,
-                num_images_per_prompt=config.num_validation_images,
-                generator=torch.Generator(accelerator.device).manual_seed(config.seed),
+                num_images_per_prompt=num_images,
+                generator=torch.Generator(accelerator.device).manual_seed(seed),
             ).images
             rows.append(pictures)
     return rows
@@ -44,7 +59,7 @@ def validate(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerat
     Returns:
         The sheet's path, `<output_dir>/validation/step-<step>.png`.
     """
-    rows = draw(pipeline, name, config, accelerator)
+    rows = draw(pipeline, name, config.validation_prompt, config.num_validation_images, config.seed, accelerator)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

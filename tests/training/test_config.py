@@ -41,6 +41,9 @@ def test_defaults_are_the_paper_s():
         ("gradient_accumulation_steps", -1),
         ("num_validation_images", 0),
         ("validation_steps", 0),
+        ("num_selection_images", 0),
+        ("selection_steps", 0),
+        ("select_by", "beauty"),
         ("checkpointing_steps", 0),
         ("checkpoints_total_limit", 0),
         ("resolution", 0),
@@ -58,10 +61,16 @@ def test_defaults_are_the_paper_s():
         ("placeholder_token", "my cat"),
         ("superclass", " "),
         ("validation_prompt", ["a <my-cat>", "a cat"]),
+        ("selection_prompt", ["a cat"]),
     ],
 )
 def test_a_setting_out_of_range_is_named(name, value):
-    told = {"train_bias": "bias", "train_temperature": "temperature", "validation_prompt": "validation prompt 'a cat'"}
+    told = {
+        "train_bias": "bias",
+        "train_temperature": "temperature",
+        "validation_prompt": "validation prompt 'a cat'",
+        "selection_prompt": "selection prompt 'a cat'",
+    }
     with pytest.raises(ValueError, match=told.get(name, name)):
         FitConfig(**REQUIRED | {name: value})
 
@@ -70,6 +79,13 @@ def test_learning_rate_sets_both():
     config = FitConfig(**REQUIRED, learning_rate=0.01)
     assert config.value_learning_rate == 0.01
     assert config.embedding_learning_rate == pytest.approx(0.002)
+
+
+def test_the_default_selection_prompts_hold_the_word():
+    prompts = FitConfig(**REQUIRED).selection_prompt
+    assert len(prompts) == 5
+    assert all("a <my-cat>" in prompt for prompt in prompts)
+    assert FitConfig(**REQUIRED, selection_prompt=["a <my-cat>"]).selection_prompt == ["a <my-cat>"]
 
 
 def test_base_model_is_an_id_or_the_last_part_of_a_folder(tmp_path, monkeypatch):
