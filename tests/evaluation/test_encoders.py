@@ -2,61 +2,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTokenizer,
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 
-TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory, tokenizer_folder):
-    """A random CLIP in half precision, as a folder."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    torch.manual_seed(0)
-    text = {
-        **TINY,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_factor": 5.0,
-    }
-    vision = {**TINY, "image_size": 16, "patch_size": 4, "initializer_factor": 5.0}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session", params=["dinov2", "vit"])
-def identity_folder(request, tmp_path_factory):
-    """A random vision transformer in half precision, as a folder."""
-    folder = tmp_path_factory.mktemp("identity")
-    torch.manual_seed(0)
-    if request.param == "dinov2":
-        model = Dinov2Model(
-            Dinov2Config(
-                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=4
-            )
-        )
-    else:
-        model = ViTModel(ViTConfig(**TINY, image_size=16, patch_size=4))
-    model.half().save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+@pytest.fixture(params=["dinov2", "vit"])
+def identity_folder(request, identity_folders):
+    return identity_folders[request.param]
 
 
 @pytest.fixture
