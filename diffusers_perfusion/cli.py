@@ -1,4 +1,4 @@
-"""`perfusion fit | generate | info | push | pull | search`, for people who write no Python."""
+"""`perfusion fit | generate | sweep | info | push | pull | search`, for people who write no Python."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,7 @@ from PIL import Image
 from .concept import WEIGHT_NAME, PerfusionConcept, write_atomically
 from .hub import find_concept_file, read_header, search_concepts
 from .loaders import add_perfusion
+from .pictures import read_pictures, slug
 from .pipelines import PerfusionPipeline
 
 INTERRUPTED = 130
@@ -134,11 +135,7 @@ def generate(
     add_perfusion(pipeline)
     pipeline.load_perfusion(concepts)
     pipeline.set_perfusion(bias=bias, temperature=temperature, locking=locking)
-    if device.type == "cpu":
-        # Some releases of transformers keep the half precision that a text encoder was stored in; a CPU cannot use it.
-        pipeline.text_encoder.float()
-    else:
-        pipeline.to(device, torch.float16)
+    _place(pipeline, device)
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(prompt):
         image = pipeline(
@@ -147,9 +144,123 @@ def generate(
             guidance_scale=guidance_scale,
             generator=torch.Generator(device).manual_seed(seed),
         ).images[0]
-        path = output_dir / f"{number:02d}-{_slug(text)}.png"
+        path = output_dir / f"{number:02d}-{slug(text)}.png"
         image.save(path)
         print(_describe(path))
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `sweep`."""
+    # What draws the plot is missed now, and not when all pictures are drawn.
+    from .evaluation import plots  # noqa: F401
+    from .evaluation.sweep import PROMPTS
+
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Id on the Hub, or folder, of the base."
+    )
+    parser.add_argument("--concept", required=True, help="Hub id, folder or file.")
+    parser.add_argument("--instance_data_dir", required=True, help="Folder with the pictures it was fitted to.")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help=f"With the concept's word; repeatable. Default: {len(PROMPTS)} such as '{PROMPTS[0].format('<word>')}'.",
+    )
+    parser.add_argument(
+        "--bias", type=float, nargs="+", help="Biases. Default: the range in the concept file, in steps of 0.1."
+    )
+    parser.add_argument("--temperature", type=float, nargs="+", help="Temperatures. Default: the concept's own.")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0, 1], help="Seeds: a picture of each prompt from each. Default: 0 1."
+    )
+    parser.add_argument("--locking", choices=("local", "global"), default="local", help="How keys are locked.")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    parser.add_argument("--guidance_scale", type=float, default=6.0, help="Classifier-free guidance.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Pictures that a process draws at once. Default: 4.")
+    parser.add_argument(
+        "--clip_model",
+        default="openai/clip-vit-large-patch14",
+        help="Id on the Hub, or folder, of the CLIP that reads the prompts. Default: openai/clip-vit-large-patch14.",
+    )
+    parser.add_argument(
+        "--identity_model",
+        default="facebook/dinov2-base",
+        help="Of the vision transformer that knows the subject again. Default: facebook/dinov2-base.",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("sweep"),
+        help="Folder for pictures, scores and plots; a stopped sweep goes on there. Default: sweep.",
+    )
+    parser.add_argument(
+        "--write_default", action="store_true", help="Write the best bias and temperature into the concept file."
+    )
+
+
+def sweep(
+    pretrained_model_name_or_path: str,
+    concept: str,
+    instance_data_dir: str,
+    prompt: list[str] | None,
+    bias: list[float] | None,
+    temperature: list[float] | None,
+    seed: list[int],
+    clip_model: str,
+    identity_model: str,
+    output_dir: Path,
+    write_default: bool,
+    **options: Any,
+) -> None:
+    """Find the best bias and temperature of a concept."""
+    from accelerate import Accelerator
+
+    from .evaluation import ClipEncoder, IdentityEncoder, Judge
+    from .evaluation import sweep as run_sweep
+
+    if write_default and not Path(concept).exists():
+        raise ValueError(
+            f"--write_default rewrites a file on this disk, and {concept} is none; `perfusion pull {concept}` copies "
+            "one from the Hub"
+        )
+    path = find_concept_file(concept)
+    held = PerfusionConcept.load(path)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    pipeline = PerfusionPipeline.from_pretrained(
+        pretrained_model_name_or_path, safety_checker=None, requires_safety_checker=False
+    )
+    _place(pipeline, accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    judge = Judge(
+        ClipEncoder.from_pretrained(clip_model, accelerator.device),
+        IdentityEncoder.from_pretrained(identity_model, accelerator.device),
+        [picture.image for picture in read_pictures(instance_data_dir, resolution)],
+    )
+    swept = run_sweep(
+        pipeline,
+        held,
+        judge,
+        prompt,
+        biases=bias,
+        temperatures=temperature,
+        seeds=seed,
+        output_dir=output_dir,
+        accelerator=accelerator,
+        **options,
+    )
+    if accelerator.is_main_process:
+        lines = [list(swept.table()[0]), *(list(map(str, row.values())) for row in swept.table())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        best = swept.best
+        print(f"best: β {best.bias}, τ {best.temperature}" if best else "best: none, for none has both scores above 0")
+        for name in ("sweep.json", "front.png", "grid.png"):
+            print(_describe(output_dir / name))
+        if write_default:
+            swept.write_default(path)
+            print(_describe(path))
+    accelerator.end_training()
 
 
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +300,9 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("PICTURE", "PROMPT"),
         help="A picture drawn with the concept, and its prompt; repeatable.",
     )
+    parser.add_argument(
+        "--sweep", help="A sweep.json of this concept, whose scores a card that is of this concept alone shows."
+    )
     parser.add_argument("--license", help="Id of the licence, as the Hub names it, such as cc-by-4.0.")
     parser.add_argument(
         "--private", action=argparse.BooleanOptionalAction, help="Whether a new repository is private."
@@ -200,14 +314,21 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="Token that may write there; by default the stored one.")
 
 
-def push(concept: str, repo_id: str, sample: list[tuple[str, str]], **options: Any) -> None:
+def push(concept: str, repo_id: str, sample: list[tuple[str, str]], sweep: str | None, **options: Any) -> None:
     """Share a concept file on the Hub."""
     held = PerfusionConcept.load(Path(concept, WEIGHT_NAME) if Path(concept).is_dir() else concept)
     samples = []
     for path, prompt in sample:
         with Image.open(path) as picture:
             samples.append((prompt, picture.convert("RGB")))
-    commit = held.push_to_hub(repo_id, samples=samples, **options)
+    rows: list[dict[str, Any]] = []
+    if sweep is not None:
+        from .evaluation import Sweep
+
+        swept = Sweep.read(sweep)
+        swept.check_concept(held)
+        rows = swept.table()
+    commit = held.push_to_hub(repo_id, samples=samples, sweep=rows, **options)
     print(commit.pr_url or commit.commit_url)
 
 
@@ -252,6 +373,15 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="For private and gated repositories; by default the stored one.")
 
 
+def _place(pipeline: Any, device: torch.device) -> None:
+    """Put a pipeline on its device: in half precision, but in full precision on a CPU."""
+    if device.type == "cpu":
+        # Some releases of transformers keep the half precision that a text encoder was stored in; a CPU cannot use it.
+        pipeline.text_encoder.float()
+    else:
+        pipeline.to(device, torch.float16)
+
+
 def _printable(value: Any) -> str:
     """A stranger's text without what a terminal would obey."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
@@ -261,14 +391,10 @@ def _describe(path: Path) -> str:
     return f"{path} ({path.stat().st_size:,} bytes)"
 
 
-def _slug(text: str) -> str:
-    """A prompt as part of a file name."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:80]
-
-
 _COMMANDS = {
     "fit": (fit, add_fit_arguments, "Fit a concept to a folder of pictures."),
     "generate": (generate, add_generate_arguments, "Draw prompts with concepts."),
+    "sweep": (sweep, add_sweep_arguments, "Find the best bias and temperature of a concept."),
     "info": (info, add_info_arguments, "Show what is in a concept file, without a model."),
     "push": (push, add_push_arguments, "Share a concept file on the Hub."),
     "pull": (pull, add_pull_arguments, "Copy a concept file from the Hub."),

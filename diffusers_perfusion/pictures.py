@@ -108,6 +108,11 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
+def slug(text: str) -> str:
+    """A prompt as part of a picture's file name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:80]
+
+
 @torch.no_grad()
 def encode_latents(vae: Any, images: Tensor) -> Tensor:
     """Scaled latents of images in [0, 1], `(N, channels, h, w)`; of a distribution, the mode.

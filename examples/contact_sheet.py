@@ -8,27 +8,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_perfusion import PerfusionPipeline
 from diffusers_perfusion.concept import PerfusionConcept
+from diffusers_perfusion.evaluation.sheets import draw_sheet
+from diffusers_perfusion.evaluation.sweep import PROMPTS
 from diffusers_perfusion.hub import find_concept_file
 from diffusers_perfusion.pictures import read_pictures
 
-PROMPTS = (
-    "a {} on the beach",
-    "a {} in space",
-    "a {} under water",
-    "a {} wearing a top hat in the city",
-    "a blue {} in the desert",
-    "a {} and a cat in the snow",
-    "a {} on top of a car in a meadow",
-    "a black and white photo of a {} at night",
-)
 SIDE = 128
-GAP = 4
-LABEL = 200
-CAPTION = 16
 
 
 def draw(pipeline, prompts, arguments):
@@ -39,28 +27,6 @@ def draw(pipeline, prompts, arguments):
         guidance_scale=arguments.guidance_scale,
         generator=[torch.Generator().manual_seed(arguments.seed + row) for row in range(len(prompts))],
     ).images
-
-
-def sheet(rows, captions):
-    """Rows of pictures with a label at the left of each, and captions under the last columns."""
-    columns = max(len(pictures) for _, pictures in rows)
-    step = SIDE + GAP
-    image = Image.new("RGB", (LABEL + columns * step + GAP, len(rows) * step + 2 * CAPTION + GAP), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for y, (label, pictures) in enumerate(rows):
-        pen.multiline_text((GAP, y * step + SIDE // 2 - 14), label, fill="black", font=font)
-        for x, picture in enumerate(pictures):
-            tile = picture.resize(
-                (SIDE, SIDE), Image.Resampling.NEAREST if picture.width < SIDE else Image.Resampling.LANCZOS
-            )
-            image.paste(tile, (LABEL + x * step, y * step + GAP))
-    for x, caption in enumerate(captions):
-        words = caption.split()
-        lines = "\n".join(" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
-        pen.multiline_text(
-            (LABEL + x * step, len(rows) * step + 2), lines, fill="black", font=ImageFont.load_default(11)
-        )
-    return image
 
 
 def main():
@@ -90,7 +56,7 @@ def main():
         pipeline.set_perfusion(bias=bias)
         rows.append((f"{concept.placeholder_token}\nbias {bias}", draw(pipeline, prompts, arguments)))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(rows, [prompt.format("…") for prompt in PROMPTS]).save(arguments.output)
+    draw_sheet(rows, [prompt.format("…") for prompt in PROMPTS], side=SIDE).save(arguments.output)
     print(f"{arguments.output} ({arguments.output.stat().st_size:,} bytes)")
 
 

@@ -1,6 +1,7 @@
 """Tiny real models, built here and never downloaded."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ torch.set_num_threads(1)
 
 WIDTH = 32
 LENGTH = 24
-TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_TRANSFORMER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = (
     "a",
     "an",
@@ -277,7 +278,7 @@ def clip_folder(tmp_path_factory, tokenizer_folder):
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(0)
     text = {
-        **TINY,
+        **TINY_TRANSFORMER,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": tokenizer.model_max_length,
         "bos_token_id": tokenizer.bos_token_id,
@@ -285,26 +286,40 @@ def clip_folder(tmp_path_factory, tokenizer_folder):
         "pad_token_id": tokenizer.pad_token_id,
         "initializer_factor": 5.0,
     }
-    vision = {**TINY, "image_size": 16, "patch_size": 4, "initializer_factor": 5.0}
+    vision = {**TINY_TRANSFORMER, "image_size": 16, "patch_size": 4, "initializer_factor": 5.0}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session", params=["dinov2", "vit"])
-def identity_folder(request, tmp_path_factory):
-    """A random vision transformer in half precision, as a folder."""
-    folder = tmp_path_factory.mktemp("identity")
+@pytest.fixture(scope="session")
+def identity_folders(tmp_path_factory):
+    """Random vision transformers in half precision, as folders: a DINOv2 and a ViT."""
     torch.manual_seed(0)
-    if request.param == "dinov2":
-        model = Dinov2Model(
+    models = {
+        "dinov2": Dinov2Model(
             Dinov2Config(
                 hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=4
             )
-        )
-    else:
-        model = ViTModel(ViTConfig(**TINY, image_size=16, patch_size=4))
-    model.half().save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+        ),
+        "vit": ViTModel(ViTConfig(**TINY_TRANSFORMER, image_size=16, patch_size=4)),
+    }
+    folders = {}
+    for name, model in models.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.half().save_pretrained(folders[name])
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture
+def environment(hugging_face_home):
+    """Of a process like this one: alone, without the Hub, and on one thread."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "HF_"))}
+    return kept | {
+        "HF_HOME": str(hugging_face_home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }

@@ -1,5 +1,8 @@
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from PIL import Image
 
 from diffusers_perfusion import PerfusionConcept, cli
 from diffusers_perfusion.cli import main
+from diffusers_perfusion.evaluation import Judge, Scores, Sweep
 from diffusers_perfusion.training import FitConfig
 from diffusers_perfusion.training.learner import Learner
 
@@ -162,6 +166,112 @@ def test_a_fitted_concept_is_drawn_from_its_folder(fit_arguments, fit_settings, 
     assert main(fit_arguments) == 0
     (data,) = draw(concepts=[fit_settings["output_dir"]]).values()
     assert data != next(iter(draw().values()))
+
+
+@pytest.fixture
+def sweep_arguments(
+    model_folder, concepts, pictures_folder, clip_folder, identity_folders, tmp_path, fresh_accelerate
+):
+    flags = {
+        "pretrained_model_name_or_path": model_folder,
+        "concept": concepts[0],
+        "instance_data_dir": pictures_folder,
+        "clip_model": clip_folder,
+        "identity_model": identity_folders["vit"],
+        "num_inference_steps": 2,
+        "output_dir": tmp_path / "sweep",
+    }
+    given = [str(text) for name, value in flags.items() for text in (f"--{name}", value)]
+    prompts = ["--prompt", "a <my-cat>", "--prompt", "a <my-cat> on the beach"]
+    return ["sweep", *given, *prompts, "--bias", "0.6", "0.9", "--seed", "5", "6"]
+
+
+def test_sweep(sweep_arguments, concepts, tmp_path, capsys):
+    before = Path(concepts[0]).read_bytes()
+    assert main(sweep_arguments) == 0
+    output = capsys.readouterr()
+    found = Sweep.read(tmp_path / "sweep" / "sweep.json")
+    assert {picture["seed"] for picture in found.pictures} == {5, 6}
+    assert found.settings["clip_model"].startswith("clip")
+    assert "Pictures: 100%" in output.err
+    header, *lines = output.out.splitlines()
+    assert header.split() == ["β", "τ", "identity", "text", "alignment", "harmonic", "mean"]
+    for line, row in zip(lines, found.table(), strict=False):
+        assert line.split() == " ".join(map(str, row.values())).split()
+    assert all(f"{tmp_path}/sweep/{name} (" in output.out for name in ("sweep.json", "front.png", "grid.png"))
+    assert Path(concepts[0]).read_bytes() == before
+
+
+def test_a_sweep_can_set_the_concept_s_default(sweep_arguments, concepts, monkeypatch, capsys):
+    monkeypatch.setattr(Judge, "score", lambda self, pictures, prompts: [Scores(0.5, 0.4)] * len(pictures))
+    assert main([*sweep_arguments, "--temperature", "0.3", "--write_default"]) == 0
+    assert "best: β 0.6, τ 0.3\n" in capsys.readouterr().out
+    concept = PerfusionConcept.load(concepts[0])
+    assert (concept.bias, concept.temperature) == (0.6, 0.3)
+
+
+def test_a_sweep_without_a_best_sets_no_default(sweep_arguments, concepts, monkeypatch, capsys):
+    before = Path(concepts[0]).read_bytes()
+    monkeypatch.setattr(Judge, "score", lambda self, pictures, prompts: [Scores(0.5, -0.4)] * len(pictures))
+    assert main([*sweep_arguments, "--write_default"]) == 1
+    output = capsys.readouterr()
+    assert "best: none" in output.out
+    assert "no settings have both scores above 0, so none became the default" in output.err
+    assert Path(concepts[0]).read_bytes() == before
+
+
+def test_a_sweep_in_two_processes_is_that_of_one(sweep_arguments, environment, tmp_path):
+    assert main(sweep_arguments) == 0
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    command = [sys.executable, *launch.split(), "--mixed_precision=no", "--dynamo_backend=no"]
+    command += ["-m", "diffusers_perfusion.cli", *sweep_arguments, "--output_dir", str(tmp_path / "together")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best: ") == 1  # one process speaks
+    alone, together = (
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "sweep", tmp_path / "together")
+    )
+    assert together == alone
+
+
+def test_a_sweep_without_matplotlib_says_what_to_install(sweep_arguments, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "diffusers_perfusion.evaluation.plots", raising=False)
+    monkeypatch.delattr("diffusers_perfusion.evaluation.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib" in (sentence := failed(sweep_arguments, capsys))
+    assert sentence.endswith("install diffusers_perfusion[train]")
+
+
+def test_bad_input_of_sweep(sweep_arguments, concepts, capsys, tmp_path):
+    assert "'a cat' does not hold the concept's word <my-cat>" in failed(
+        [*sweep_arguments, "--prompt", "a cat"], capsys
+    )
+    assert "bias is 5.0" in failed([*sweep_arguments, "--bias", "5"], capsys)
+    assert "nowhere is not a folder" in failed([*sweep_arguments, "--instance_data_dir", "nowhere"], capsys)
+    assert not (tmp_path / "sweep").exists()
+    remote = [*sweep_arguments, "--concept", "me/my-cat", "--write_default"]
+    assert "`perfusion pull me/my-cat` copies one" in failed(remote, capsys)
+
+
+def test_what_is_pushed_can_have_a_sweep(sweep_arguments, concepts, monkeypatch, capsys, tmp_path):
+    pushed = []
+
+    def push(concept, repo_id, *, sweep, **options):
+        pushed.append(sweep)
+        return SimpleNamespace(pr_url=None, commit_url="done")
+
+    monkeypatch.setattr("diffusers_perfusion.hub.push_concept", push)
+    assert main(sweep_arguments) == 0
+    path = tmp_path / "sweep" / "sweep.json"
+    assert main(["push", concepts[0], "me/my-cat"]) == 0
+    assert main(["push", concepts[0], "me/my-cat", "--sweep", str(path)]) == 0
+    assert pushed == [[], Sweep.read(path).table()]
+    other = failed(["push", concepts[1], "me/my-dog", "--sweep", str(path)], capsys)
+    assert "the sweep is of another concept than this <my-dog>" in other
+    path.write_text("{}")
+    assert "sweep.json is not a sweep's" in failed(["push", concepts[0], "me/my-cat", "--sweep", str(path)], capsys)
+    assert len(pushed) == 2
 
 
 def test_info_needs_no_model(concepts, capsys, monkeypatch):

@@ -6,6 +6,11 @@ from PIL import Image
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 
 
+@pytest.fixture(params=["dinov2", "vit"])
+def identity_folder(request, identity_folders):
+    return identity_folders[request.param]
+
+
 @pytest.fixture
 def clip(clip_folder):
     return ClipEncoder.from_pretrained(str(clip_folder))

@@ -221,18 +221,6 @@ def flags(settings):
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
-@pytest.fixture
-def environment(hugging_face_home):
-    """Of a process like this one: alone, without the Hub, and on one thread."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "HF_"))}
-    return kept | {
-        "HF_HOME": str(hugging_face_home),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-
-
 def test_a_killed_fit_goes_on_as_if_it_had_not_been(run, fit_settings, model_folder, environment, tmp_path):
     settings = fit_settings | {"pretrained_model_name_or_path": str(model_folder), "checkpointing_steps": 1}
     output = Path(settings["output_dir"])

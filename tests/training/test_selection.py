@@ -281,6 +281,11 @@ def test_only_the_main_process_scores_and_all_have_its_choice(
 # Judges
 
 
+@pytest.fixture
+def identity_folder(identity_folders):
+    return identity_folders["dinov2"]
+
+
 def judges(clip_folder, identity_folder):
     return {"clip_model": str(clip_folder), "identity_model": str(identity_folder)}
 
