@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from diffusers.optimization import SchedulerType
 
-from ..concept import check_bias, check_temperature, check_words
+from ..concept import check_bias, check_repeats, check_temperature, check_words
 
 _CRITERIA = ("harmonic_mean", "identity", "text")
 
@@ -62,6 +62,7 @@ class FitConfig:
     instance_data_dir: str = _required("Folder with the pictures of the subject; about five.")
     placeholder_token: str = _required("Word that will call the concept in a prompt, such as '<my-cat>'.")
     superclass: str = _required("The super-category in plain words, such as 'cat' or 'teddy bear'.")
+    repeats: int = _option("How many tokens in a row the word becomes in a prompt.", 3)
     output_dir: str = _option("Folder for the concept file, checkpoints and validation pictures.", "perfusion-concept")
     revision: str | None = _option("Branch, tag or commit of the base model.")
     variant: str | None = _option("Variant of the base model's files, such as 'fp16'.")
@@ -80,19 +81,19 @@ class FitConfig:
     )
     train_bias: float = _option("Bias of the gate while fitting.", 0.75)
     train_temperature: float = _option("Temperature of the gate while fitting.", 0.1)
-    embedding_learning_rate: float = _option("Learning rate of the word embedding.", 0.006)
-    value_learning_rate: float = _option("Learning rate of the target outputs.", 0.03)
+    embedding_learning_rate: float = _option("Learning rate of the word embedding.", 0.002)
+    value_learning_rate: float = _option("Learning rate of the target outputs.", 0.02)
     learning_rate: float | None = _option(
-        "Sets both learning rates: this for the target outputs and a fifth of it for the word embedding."
+        "Sets both learning rates: this for the target outputs and a tenth of it for the word embedding."
     )
     scale_lr: bool = _option("Multiply learning rates by processes, gradient accumulation and batch size.", False)
     lr_scheduler: str = _option("Schedule of the learning rates, as diffusers names them.", "constant_with_warmup")
     lr_warmup_steps: int = _option("Steps over which the learning rates rise.", 5)
     train_batch_size: int = _option("Pictures a process sees at once.", 16)
-    max_train_steps: int = _option("Optimizer steps.", 150)
+    max_train_steps: int = _option("Optimizer steps.", 250)
     gradient_accumulation_steps: int = _option("Batches that make one optimizer step.", 1)
     gradient_checkpointing: bool = _option("Save memory by computing activations twice.", False)
-    snr_gamma: float = _option("Gamma of the min-SNR loss weights (arXiv 2303.09556); 0 for none.", 5.0)
+    snr_gamma: float = _option("Gamma of the min-SNR loss weights (arXiv 2303.09556); 0 for none.", 0.0)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
         "Precision of the UNet; by default what accelerate is configured with."
     )
@@ -159,13 +160,14 @@ class FitConfig:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         if self.learning_rate is not None:
             self.value_learning_rate = self.learning_rate
-            self.embedding_learning_rate = self.learning_rate / 5
+            self.embedding_learning_rate = self.learning_rate / 10
         for name in ("embedding_learning_rate", "value_learning_rate", "snr_gamma", "lr_warmup_steps", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected no negative number")
         if self.lr_scheduler not in _SCHEDULES:
             raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}; expected one of {', '.join(_SCHEDULES)}")
         check_words(self.placeholder_token, self.superclass)
+        check_repeats(self.repeats)
         check_bias(self.train_bias)
         check_temperature(self.train_temperature)
         if self.select_by not in (None, *_CRITERIA):

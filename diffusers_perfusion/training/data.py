@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..pictures import encode_latents
 
+# By how much of a picture's side masks grow. A loss that ends where the subject ends does not see it spill over.
+GROWTH = 1 / 16
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -16,7 +19,7 @@ class Subject:
 
     Attributes:
         latents: `(N, channels, h, w)`.
-        masks: where the subject is, `(N, 1, h, w)` with a maximum of one in each.
+        masks: where the subject is and what surrounds it, `(N, 1, h, w)` with a maximum of one in each.
     """
 
     latents: Tensor
@@ -40,4 +43,6 @@ def make_subject(vae: Any, images: Tensor, masks: Tensor | None, flip: bool) -> 
     if masks is None:
         masks = torch.ones_like(latents[:, :1])
     masks = F.interpolate(masks.to(latents), size=latents.shape[-2:], mode="area")
+    radius = round(GROWTH * latents.shape[-1])
+    masks = F.max_pool2d(masks, 2 * radius + 1, stride=1, padding=radius)
     return Subject(latents, masks / masks.amax((1, 2, 3), keepdim=True))

@@ -46,3 +46,13 @@ def test_masks_are_averaged_over_what_a_latent_covers(images):
     assert found[0, 0, 0, 1] == 0.25
     assert found[0, 0, 0, 2] == 0
     assert found[0, 0, 1, 1] == 1
+
+
+def test_masks_reach_a_sixteenth_of_the_side_beyond_the_subject(images):
+    images = torch.nn.functional.interpolate(images, 64)
+    masks = torch.zeros(3, 1, 64, 64)
+    masks[:, :, 20:30, 24:36] = 1
+    found = make_subject(make_vae(), images, masks, flip=False).masks
+    expected = torch.zeros(3, 1, 32, 32)
+    expected[:, :, 8:17, 10:20] = 1  # what the subject covers, and two latents more on each side
+    torch.testing.assert_close(found, expected)

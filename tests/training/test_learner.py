@@ -139,7 +139,7 @@ def test_the_target_input_moves_once_a_step(make_learner, pipeline, c_inv, accum
 
 def test_a_step_sees_what_its_seed_and_number_say(make_learner):
     def losses(seed, indices):
-        learner = make_learner(seed=seed, value_learning_rate=0.0, embedding_learning_rate=0.0)
+        learner = make_learner(seed=seed, value_learning_rate=0.0, embedding_learning_rate=0.0, snr_gamma=5)
         return [learner.step(index) for index in indices]
 
     (first, second), again = losses(0, [0, 1]), losses(0, [1])

@@ -1,0 +1,283 @@
+"""Textual Inversion, LoRA and Custom Diffusion, fitted to the base and the pictures that Perfusion is fitted to.
+
+Each is set up, saved and loaded by diffusers' and peft's own code, with what diffusers' example scripts train and how:
+`textual_inversion.py`, `train_dreambooth_lora.py` and `train_custom_diffusion.py`. The templates, the schedule and,
+for a seed, every picture, timestep and noise are those of a Perfusion fit. As in the scripts the loss sees all of a
+picture, unless the subject is read with its masks. No method gets pictures of the super-category besides (prior
+preservation), since Perfusion gets none.
+
+    saved = METHODS["lora"].fit(
+        pipeline, read_subject(pipeline, folder), "<my-robot>", "robot",
+        learning_rate=1e-3, steps=150, save_at=[50, 150], output_dir="fits/lora", rank=4,
+    )
+    METHODS["lora"].load(fresh_pipeline, saved[150])
+    fresh_pipeline(prompt.format(METHODS["lora"].phrase("<my-robot>", "robot")))
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.masks import subject_masks
+from diffusers_perfusion.pictures import read_pictures, to_tensor
+from diffusers_perfusion.text import TEMPLATES, embedding_table, encode, initial_word_embedding, tokenize
+from diffusers_perfusion.training.data import make_subject
+from diffusers_perfusion.training.loss import masked_loss, prediction_target, snr_weights
+
+WORD_FILE = "learned_embeds.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KV_FILE = "pytorch_custom_diffusion_weights.bin"
+
+ADAMW = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}  # of all three scripts
+MAX_NORM = 1.0  # of the gradients, in the scripts of LoRA and Custom Diffusion
+WARMUP = 5
+SNR_GAMMA = 0.0
+
+
+def read_subject(pipeline, folder, flip=True, masked=False):
+    """The pictures in a folder as a Perfusion fit reads them; with the masks below it, or as the scripts without."""
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    pictures = read_pictures(folder, side)
+    masks, _ = subject_masks(str(Path(folder) / "masks") if masked else "none", pictures, folder, "", pipeline)
+    return make_subject(pipeline.vae, to_tensor([picture.image for picture in pictures]), masks, flip)
+
+
+def freeze(pipeline):
+    """Nothing learns but what a method adds."""
+    for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        model.requires_grad_(False).eval()
+
+
+def train(
+    pipeline,
+    subject,
+    phrase,
+    parameters,
+    save,
+    *,
+    learning_rate,
+    steps,
+    output_dir,
+    save_at=(),
+    seed=0,
+    batch_size=16,
+    bf16=False,
+    max_norm=None,
+):
+    """The steps of any method; returns `{step: folder}`.
+
+    Args:
+        pipeline: of the base model, with `parameters` in it.
+        subject: what it learns from, as `read_subject`.
+        phrase: what calls the subject, for the gap in the templates.
+        parameters: what learns.
+        save: called with a folder, writes what has been learned into it.
+        learning_rate: of all parameters.
+        steps: how many.
+        output_dir: for folders `step-<n>`.
+        save_at: after which steps to save; after the last if empty.
+        seed: of pictures, templates, timesteps and noise.
+        batch_size: pictures in a step.
+        bf16: run the UNet in it; the text encoder, the parameters and the loss stay in float32.
+        max_norm: of the gradients.
+    """
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES])
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
+    saved = {}
+    for index in range(steps):
+        # In the order in which a Perfusion fit draws, so that it and this see the same for a seed.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        pictures = torch.randint(len(subject.latents), (batch_size,), generator=generator)
+        prompts = torch.randint(len(TEMPLATES), (batch_size,), generator=generator)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+        noise = torch.randn((batch_size, *subject.latents.shape[1:]), generator=generator)
+
+        chosen = F.one_hot(prompts, len(TEMPLATES)).float()
+        encodings = torch.tensordot(chosen, encode(pipeline.text_encoder, prompt_ids), dims=1)
+        latents = subject.latents[pictures]
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        # On a CPU the backward of the other kernel takes a third of a step in bfloat16.
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+            prediction = pipeline.unet(noisy, timesteps, encoder_hidden_states=encodings).sample
+        target = prediction_target(scheduler, latents, noise, timesteps)
+        loss = masked_loss(prediction, target, subject.masks[pictures], snr_weights(scheduler, timesteps, SNR_GAMMA))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+        if not norm.isfinite() or norm == 0:
+            raise RuntimeError(f"the gradients of step {index + 1} are {'zero' if norm == 0 else 'not finite'}")
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (index + 1) / WARMUP)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step := index + 1) in (save_at or (steps,)):
+            saved[step] = Path(output_dir) / f"step-{step}"
+            saved[step].mkdir(parents=True, exist_ok=True)
+            save(saved[step])
+    return saved
+
+
+class NewWord:
+    """A word that the pipeline learns, from the embedding of the super-category's last token.
+
+    The scripts train the whole table and put its other rows back after each step; this trains the one row.
+    """
+
+    def __init__(self, pipeline, word, superclass):
+        self.word, self.text_encoder = word, pipeline.text_encoder
+        start = initial_word_embedding(pipeline.tokenizer, pipeline.text_encoder, superclass)
+        if len(pipeline.tokenizer.tokenize(word)) == 1:
+            raise ValueError(f"the tokenizer knows {word!r} already")
+        pipeline.tokenizer.add_tokens(word)
+        self.token_id = pipeline.tokenizer.convert_tokens_to_ids(word)
+        pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+        pipeline.text_encoder.requires_grad_(False)  # the table is another now
+        self.embedding = nn.Parameter(start)
+        self._hook = pipeline.text_encoder.get_input_embeddings().register_forward_hook(self._put)
+
+    def _put(self, module, args, output):
+        return torch.where((args[0] == self.token_id).unsqueeze(-1), self.embedding, output)
+
+    def save(self, folder):
+        save_file({self.word: self.embedding.detach().half()[None]}, folder / WORD_FILE, metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def settle(self):
+        """Leave the embedding in the table."""
+        self._hook.remove()
+        embedding_table(self.text_encoder)[self.token_id] = self.embedding
+
+
+def textual_inversion(pipeline, subject, word, superclass, *, phrase=None, **how):
+    """Learn one word; `how` is of `train`, which says what is returned too."""
+    freeze(pipeline)
+    new = NewWord(pipeline, word, superclass)
+    saved = train(pipeline, subject, phrase or word, [new.embedding], new.save, **how)
+    new.settle()
+    return saved
+
+
+def load_textual_inversion(pipeline, *folders):
+    """Load one word, or several side by side."""
+    pipeline.load_textual_inversion([str(folder) for folder in folders])
+
+
+def lora(pipeline, subject, word, superclass, *, rank, phrase=None, seed=0, **how):
+    """Learn low-rank changes of all projections of all attention layers of the UNet; `how` is of `train`."""
+    freeze(pipeline)
+    unet = pipeline.unet
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                init_lora_weights="gaussian",
+                target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+            )
+        )
+
+    def save(folder):
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        layers = {name: tensor.half() for name, tensor in layers.items()}
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    return train(pipeline, subject, phrase or superclass, parameters, save, seed=seed, max_norm=MAX_NORM, **how)
+
+
+def load_lora(pipeline, *folders):
+    """Load one, or add several up."""
+    names = [f"concept_{number}" for number in range(len(folders))]
+    for name, folder in zip(names, folders, strict=True):
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
+    pipeline.set_adapters(names, [1.0] * len(names))
+
+
+def custom_diffusion(pipeline, subject, word, superclass, *, phrase=None, **how):
+    """Learn keys and values of cross-attention and one word before the super-category; `how` is of `train`."""
+    freeze(pipeline)
+    new = NewWord(pipeline, word, superclass)
+    unet = pipeline.unet
+    cross = cross_attention_layers(unet)
+    processors = {}
+    for name in unet.attn_processors:
+        layer = cross.get(name.removesuffix(".processor"))
+        if layer is None:  # self-attention's own do what they did, but a file is read only with one for every layer
+            processors[name] = CustomDiffusionAttnProcessor2_0(train_kv=False, train_q_out=False)
+            continue
+        processors[name] = processor = CustomDiffusionAttnProcessor2_0(
+            train_q_out=False, hidden_size=layer.inner_kv_dim, cross_attention_dim=layer.cross_attention_dim
+        )
+        processor.to_k_custom_diffusion.load_state_dict(layer.to_k.state_dict())
+        processor.to_v_custom_diffusion.load_state_dict(layer.to_v.state_dict())
+    unet.set_attn_processor(processors)  # which empties the dictionary
+    unet.eval()
+
+    def save(folder):
+        # Not as safetensors: that leaves out the empty entries of self-attention, and what is left cannot be loaded.
+        unet.save_attn_procs(folder, weight_name=KV_FILE, save_function=_save_half, safe_serialization=False)
+        new.save(folder)
+
+    learning = (processor.parameters() for processor in unet.attn_processors.values())
+    parameters = [new.embedding, *itertools.chain.from_iterable(learning)]
+    phrase = phrase or f"{word} {superclass}"
+    saved = train(pipeline, subject, phrase, parameters, save, max_norm=MAX_NORM, **how)
+    new.settle()
+    return saved
+
+
+def _save_half(weights, path):
+    torch.save({name: value.half() if torch.is_tensor(value) else value for name, value in weights.items()}, path)
+
+
+def load_custom_diffusion(pipeline, folder):
+    """Load one; keys and values of two exclude each other."""
+    # Without `_pipeline`, diffusers 0.42 reads the file and then does nothing with it.
+    pipeline.unet.load_attn_procs(str(folder), weight_name=KV_FILE, _pipeline=pipeline)
+    load_textual_inversion(pipeline, folder)
+
+
+def bytes_of(folder):
+    """What a saved method takes."""
+    return sum(path.stat().st_size for path in Path(folder).iterdir())
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rival of Perfusion.
+
+    Attributes:
+        fit: a function of the pipeline, subject, word, super-category and settings, to `{step: folder}`.
+        load: a function of a fresh pipeline and a folder; or of several folders, if it takes several concepts.
+        several: whether it takes several.
+        calls: what calls the subject in a prompt, of `word` and `superclass`.
+    """
+
+    fit: Callable
+    load: Callable
+    several: bool
+    calls: str
+
+    def phrase(self, word, superclass):
+        """What to put in the gap of a prompt."""
+        return self.calls.format(word=word, superclass=superclass)
+
+
+METHODS = {
+    "textual_inversion": Method(textual_inversion, load_textual_inversion, True, "{word}"),
+    "lora": Method(lora, load_lora, True, "{superclass}"),
+    "custom_diffusion": Method(custom_diffusion, load_custom_diffusion, False, "{word} {superclass}"),
+}

@@ -1,0 +1,114 @@
+"""From pictures to fronts: scores of every point of every variant, with intervals, and comparisons of two."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from subjects import PROMPTS, Subject
+
+from diffusers_perfusion.evaluation import Judge
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Front:
+    """A variant's points.
+
+    Attributes:
+        name: of the variant.
+        points: settings of each, `{"steps": …, "knob": …}`.
+        scores: `(points, cells, 2)`, identity and text alignment, averaged over seeds; a cell is a thing and a prompt.
+        seconds: of a fit, the median over things.
+        bytes: of what was fitted.
+    """
+
+    name: str
+    points: list
+    scores: np.ndarray
+    seconds: float
+    bytes: int
+
+    @property
+    def means(self):
+        """Identity and text alignment of each point, `(points, 2)`."""
+        return self.scores.mean(1)
+
+    @property
+    def best(self):
+        """Index of the point with the highest harmonic mean."""
+        return int((2 / (1 / self.means.clip(1e-6)).sum(1)).argmax())
+
+
+def read_pictures(path, seeds):
+    """The pictures of a run, `[point][prompt][seed]`."""
+    with Image.open(path) as image:
+        image.load()
+    side = image.width // (len(PROMPTS) * seeds)
+    return [
+        [
+            [
+                image.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
+                for x in range(p * seeds, (p + 1) * seeds)
+            ]
+            for p in range(len(PROMPTS))
+        ]
+        for y in range(image.height // side)
+    ]
+
+
+def score(folder, icons, clip, identity):
+    """The front of one variant over things, from the pictures in `<folder>/<icon>`."""
+    cells, runs = [], []
+    for icon in icons:
+        run = json.loads((folder / icon / "run.json").read_text())
+        pictures = read_pictures(folder / icon / "pictures.png", run["seeds"])
+        subject = Subject(icon, folder.parents[1] / "subjects" / icon)
+        texts = [prompt.format(subject.superclass) for prompt in PROMPTS for _ in range(run["seeds"])]
+        judge = Judge(clip, identity, subject.pictures())
+        scores = [judge.score([one for prompt in point for one in prompt], texts) for point in pictures]
+        cells.append(np.array(scores).reshape(len(pictures), len(PROMPTS), run["seeds"], 2).mean(2))
+        runs.append(run)
+    seconds, size = np.median([run["seconds"] for run in runs]), int(np.median([run["bytes"] for run in runs]))
+    return Front(folder.name, runs[0]["points"], np.concatenate(cells, 1), float(seconds), size)
+
+
+def identity_at(means, text):
+    """Identity where a front passes a text alignment, between its points on a line; beyond its ends, at the end."""
+    order = means[:, 1].argsort()
+    return np.interp(text, means[order, 1], means[order, 0])
+
+
+def interval(values):
+    """A 95 % interval of resampled values."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def advantage(front, other, point, resamples=RESAMPLES):
+    """By how much the identity of a front is above another's point, at that point's text alignment.
+
+    Returns:
+        The difference, and its interval over resampled cells, the same ones of both.
+    """
+    draw = np.random.default_rng(0)
+
+    def difference(cells):
+        identity, text = other.scores[point][cells].mean(0)
+        return identity_at(front.scores[:, cells].mean(1), text) - identity
+
+    count = front.scores.shape[1]
+    resampled = [difference(draw.integers(count, size=count)) for _ in range(resamples)]
+    return float(difference(np.arange(count))), interval(resampled)
+
+
+def score_all(output_dir, names, icons, clip, identity):
+    """Fronts of those variants that have been run on all things."""
+    fronts = {}
+    for name in names:
+        folder = Path(output_dir) / "runs" / name
+        if all((folder / icon / "run.json").exists() for icon in icons):
+            fronts[name] = score(folder, icons, clip, identity)
+    return fronts

@@ -1,0 +1,113 @@
+"""Tables and plots of what `compare.py` has drawn.
+
+python examples/benchmarks/quality/report.py --panel main --output_dir outputs/quality --report_dir results
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from fronts import RESAMPLES, advantage, interval, score_all
+from matplotlib.figure import Figure
+from subjects import POCKET, TEST, TUNING
+from variants import PANELS
+
+from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
+
+
+def means(scores):
+    """Identity and text alignment of one point with their intervals over cells."""
+    draw = np.random.default_rng(0)
+    resampled = scores[draw.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(1)
+    return [(float(scores[:, k].mean()), interval(resampled[:, k])) for k in range(2)]
+
+
+def cell(value, ends):
+    """A number and its interval."""
+    return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+
+
+def points_table(fronts):
+    """Every point of every front."""
+    lines = [
+        "| | steps | β or scale | identity | text alignment | harmonic mean | bytes | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for front in fronts.values():
+        for point, scores in zip(front.points, front.scores, strict=True):
+            identity, text = means(scores)
+            harmonic = 2 / (1 / identity[0] + 1 / text[0])
+            knob = "" if point["knob"] is None else point["knob"]
+            lines.append(
+                f"| {front.name} | {point['steps'] or ''} | {knob} | {cell(*identity)} | {cell(*text)} "
+                f"| {harmonic:.3f} | {front.bytes:,} | {front.seconds:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def advantage_table(fronts, name):
+    """By how much the front of `name` is above each point of the others."""
+    lines = [
+        f"| against | steps | scale | its text alignment | identity of {name} above it by |",
+        "|---|---|---|---|---|",
+    ]
+    for other in fronts.values():
+        if other.name == name:
+            continue
+        for number, point in enumerate(other.points):
+            difference, ends = advantage(fronts[name], other, number)
+            knob = "" if point["knob"] is None else point["knob"]
+            lines.append(
+                f"| {other.name} | {point['steps'] or ''} | {knob} | {other.means[number, 1]:.3f} "
+                f"| {cell(difference, ends)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(fronts):
+    """Identity against text alignment."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="text alignment (CLIP-T)", ylabel="identity")
+    for front in fronts.values():
+        identity, text = front.means.T
+        axes.plot(text, identity, marker="o", label=front.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def main(args=None):
+    """Score and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--panel", choices=PANELS, default="main")
+    parser.add_argument("--clip", default=str(POCKET / "evaluators" / "clip"))
+    parser.add_argument("--identity", default=str(POCKET / "evaluators" / "identity"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
+    parser.add_argument("--report_dir", type=Path)
+    arguments = parser.parse_args(args)
+
+    clip, identity = ClipEncoder.from_pretrained(arguments.clip), IdentityEncoder.from_pretrained(arguments.identity)
+    names = [variant.name for variant in PANELS[arguments.panel]]
+    icons = TEST if arguments.panel == "main" else TUNING
+    fronts = score_all(arguments.output_dir, names, icons, clip, identity)
+    report = points_table(fronts)
+    if "perfusion" in fronts:
+        report += "\n" + advantage_table(fronts, "perfusion")
+    print(report)
+    if arguments.report_dir:
+        arguments.report_dir.mkdir(parents=True, exist_ok=True)
+        (arguments.report_dir / f"{arguments.panel}.md").write_text(report)
+        plot(fronts).savefig(arguments.report_dir / f"{arguments.panel}.png", dpi=120)
+        rows = [
+            {"variant": f.name, **p, "seconds": f.seconds, "bytes": f.bytes, "cells": s.round(4).tolist()}
+            for f in fronts.values()
+            for p, s in zip(f.points, f.scores, strict=True)
+        ]
+        (arguments.report_dir / f"{arguments.panel}.json").write_text(
+            json.dumps({"icons": icons, "rows": rows}) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

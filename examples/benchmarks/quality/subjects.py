@@ -1,0 +1,73 @@
+"""What the methods are compared on: prompts, and things of Fluent Emoji, which neither model nor judges have seen."""
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[2]
+POCKET = EXAMPLES / "pocket"
+sys.path += [str(POCKET / "recipe"), str(EXAMPLES / "data")]
+
+from draw import city, meadow, picture, plain, room, snow  # noqa: E402
+from icons import CONCEPT_RENDITION, NOUNS, load_sprites  # noqa: E402
+
+# Settings are chosen on the first, figures come from the second.
+TUNING = ("duck", "teapot")
+TEST = ("teddy-bear", "robot", "chair", "hot-beverage", "backpack", "penguin")
+
+PROMPTS = (
+    "a {} on the beach",
+    "a {} in space",
+    "a {} under water",
+    "a {} in the forest",
+    "a {} wearing a top hat in the city",
+    "a {} wearing sunglasses in the snow",
+    "a {} and a cat in a meadow",
+    "a {} on top of a car in the desert",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A thing to learn.
+
+    Attributes:
+        icon: which.
+        folder: with five pictures, and their masks in `masks`.
+    """
+
+    icon: str
+    folder: Path
+
+    @property
+    def superclass(self):
+        """Its super-category."""
+        return NOUNS[self.icon]
+
+    @property
+    def word(self):
+        """The word that a method may teach for it."""
+        return f"<my-{self.superclass.split()[-1]}>"
+
+    def pictures(self):
+        """Its pictures."""
+        return [Image.open(path).convert("RGB") for path in sorted(self.folder.glob("*.png"))]
+
+
+def draw_subject(icon, output_dir):
+    """Draw the pictures of a thing as those in examples/data are drawn, unless they are there."""
+    folder = Path(output_dir) / icon
+    if not (folder / "masks" / "5.png").exists():
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        rng = random.Random(icon)
+        sprite = Image.fromarray(
+            load_sprites(POCKET / "recipe" / "sprites.npz", [CONCEPT_RENDITION])[icon][CONCEPT_RENDITION]
+        )
+        for number, place in enumerate((room, meadow, plain, city, snow), start=1):
+            image, mask = picture(rng, place, sprite)
+            image.save(folder / f"{number}.png")
+            mask.save(folder / "masks" / f"{number}.png")
+    return Subject(icon, folder)

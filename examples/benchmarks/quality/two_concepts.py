@@ -1,0 +1,214 @@
+"""How often two learned things are both there when a prompt names both side by side.
+
+    python examples/benchmarks/quality/two_concepts.py --output_dir outputs/quality --report_dir results
+
+Uses what `compare.py --panel main` has fitted, and two classifiers. One is the identity encoder, on the left and the
+right half of a picture. The other is CLIP: it sees both nouns if a picture is nearer to the full prompt than to either
+prompt with one of both things alone. True pictures say how far to trust them.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from baselines import METHODS
+from compare import draw, load_base, paste
+from icons import BASE_RENDITIONS, CONCEPT_RENDITION, load_sprites
+from subjects import POCKET, TEST, draw_subject
+from tqdm import tqdm
+from world import Scene, Thing, sample_place, sample_thing
+
+from diffusers_perfusion import add_perfusion
+from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder, bootstrap_mean, text_alignment
+
+PROMPTS = (
+    "a {} next to a {} on the beach",
+    "a {} and a {} in the snow",
+    "a {} next to a {} in a meadow",
+    "a {} and a {} in space",
+)
+HALVES = (0, 16, 40, 56), (24, 16, 64, 56)
+MEASURES = ("both things found in the halves", "CLIP sees both nouns")
+
+
+def halves(picture):
+    """Where the first and the second thing are in a scene with two."""
+    return [picture.crop(box) for box in HALVES]
+
+
+class Finder:
+    """Says which of some things are in which half of a picture.
+
+    A thing is found where the identity encoder gives more than it gives to 95 of 100 scenes without its noun.
+
+    Args:
+        identity: the encoder.
+        sprites: of all renditions.
+        icons: of the things, in the rendition of the concepts.
+        views: scenes that each thing is learned from, and half as many as those that set its threshold.
+    """
+
+    def __init__(self, identity, sprites, icons, views=200, seed=0):
+        self.identity, self.icons, rng = identity, list(icons), random.Random(seed)
+        seen = {icon: {name: s for name, s in sprites[icon].items() if name in BASE_RENDITIONS} for icon in sprites}
+        prototypes, thresholds = [], []
+        for icon in tqdm(self.icons, desc="finder"):
+            thing, right = Thing(icon, CONCEPT_RENDITION), []
+            for view in range(views):
+                pair = (thing, another_thing(seen, icon, rng)) if view % 2 else (another_thing(seen, icon, rng), thing)
+                right.append(halves(side_by_side(*pair, sprites, rng))[0 if view % 2 else 1])
+            prototype = F.normalize(identity.encode_pictures(right).mean(0), dim=0)
+            pairs = [[another_thing(seen, icon, rng) for _ in range(2)] for _ in range(2 * views)]
+            wrong = [half for pair in pairs for half in halves(side_by_side(*pair, sprites, rng))]
+            highest = (identity.encode_pictures(wrong) @ prototype).unflatten(0, (-1, 2)).amax(-1)
+            prototypes.append(prototype)
+            thresholds.append(highest.quantile(0.95))
+        self.prototypes, self.thresholds = torch.stack(prototypes), torch.stack(thresholds)
+
+    def find(self, pictures):
+        """Whether each thing is in each half, `(pictures, 2, things)`."""
+        encoded = self.identity.encode_pictures([half for picture in pictures for half in halves(picture)])
+        return (encoded @ self.prototypes.T > self.thresholds).unflatten(0, (len(pictures), 2))
+
+    def both(self, pictures, first, second):
+        """Whether one of two things is in one half of each picture and the other in the other half."""
+        found = self.find(pictures)[:, :, [self.icons.index(first), self.icons.index(second)]]
+        return (found[:, 0, 0] & found[:, 1, 1]) | (found[:, 0, 1] & found[:, 1, 0])
+
+
+def another_thing(sprites, icon, rng):
+    """A thing of another noun."""
+    while (thing := sample_thing(sprites, rng)).icon == icon:
+        pass
+    return thing
+
+
+def side_by_side(first, second, sprites, rng):
+    """A true picture of two things somewhere."""
+    return Scene(first, sample_place(rng), "next to", second).draw(sprites, rng)
+
+
+def clip_sees_both(clip, pictures, prompts, alone):
+    """Whether each picture is nearer to its prompt than to either prompt with one of both things alone."""
+    full = text_alignment(clip, pictures, prompts)
+    first, second = (text_alignment(clip, pictures, list(prompts)) for prompts in zip(*alone, strict=True))
+    return (full > first) & (full > second)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with two learned things.
+
+    Attributes:
+        name: in the report.
+        run: whose fits are used, a folder of `compare.py`'s runs.
+        load: a function of a fresh pipeline and two folders, to what the pipeline is called with.
+        calls: what calls a thing in a prompt, of its `word` and `superclass`.
+    """
+
+    name: str
+    run: str
+    load: Callable
+    calls: str
+
+    def draw(self, base, runs, subjects, seeds):
+        """Each prompt from each seed."""
+        pipeline = load_base(base)
+        settings = self.load(pipeline, [runs / self.run / subject.icon for subject in subjects])
+        words = [self.calls.format(word=subject.word, superclass=subject.superclass) for subject in subjects]
+        return draw(pipeline, [prompt.format(*words) for prompt in PROMPTS], range(seeds), **settings)
+
+
+def perfusion(bias):
+    """Two concepts at one bias."""
+
+    def load(pipeline, folders):
+        add_perfusion(pipeline).load_perfusion([folder / "fit" / "perfusion.safetensors" for folder in folders])
+        pipeline.set_perfusion(bias=bias)
+        return {}
+
+    return Entry(f"Perfusion, β {bias}", "perfusion", load, "{word}")
+
+
+def rival(name, run, method, step, scale=None):
+    """Two of another method; of LoRAs, merged by peft with this weight each."""
+
+    def load(pipeline, folders):
+        METHODS[method].load(pipeline, *[folder / f"step-{step}" for folder in folders])
+        return {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
+
+    return Entry(name, run, load, METHODS[method].calls)
+
+
+ENTRIES = [
+    Entry("base model, two nouns", "base", lambda pipeline, folders: {}, "{superclass}"),
+    *[perfusion(bias) for bias in (0.5, 0.6, 0.7, 0.8)],
+]
+
+
+def true_scenes(rendition, pair, seeds, rng, sprites):
+    """True pictures of what the prompts say, with things of one rendition."""
+    first, second = (Thing(subject.icon, rendition) for subject in pair)
+    places = [prompt.split("{} ")[-1] for prompt in PROMPTS for _ in range(seeds)]
+    return [Scene(first, place, "next to", second).draw(sprites, rng) for place in places]
+
+
+def count(pictures, pair, seeds, finder, clip):
+    """Whether the identity encoder finds both things in each picture, and whether CLIP sees both nouns."""
+    nouns = [subject.superclass for subject in pair]
+    prompts = [prompt.format(*nouns) for prompt in PROMPTS for _ in range(seeds)]
+    places = [prompt.split("{} ")[-1] for prompt in PROMPTS for _ in range(seeds)]
+    alone = [tuple(f"a {noun} {place}" for noun in nouns) for place in places]
+    return torch.stack(
+        [finder.both(pictures, *[s.icon for s in pair]), clip_sees_both(clip, pictures, prompts, alone)]
+    )
+
+
+def main(args=None):
+    """Draw the pairs and count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=str(POCKET))
+    parser.add_argument("--clip", default=str(POCKET / "evaluators" / "clip"))
+    parser.add_argument("--identity", default=str(POCKET / "evaluators" / "identity"))
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
+    parser.add_argument("--report_dir", type=Path, required=True)
+    arguments = parser.parse_args(args)
+
+    clip, identity = ClipEncoder.from_pretrained(arguments.clip), IdentityEncoder.from_pretrained(arguments.identity)
+    sprites = load_sprites(POCKET / "recipe" / "sprites.npz", [*BASE_RENDITIONS, CONCEPT_RENDITION])
+    finder, rng = Finder(identity, sprites, TEST), random.Random(1)
+    subjects = [draw_subject(icon, arguments.output_dir / "subjects") for icon in TEST]
+    pairs = list(zip(subjects, subjects[1:] + subjects[:1], strict=True))
+    sources = {
+        "true pictures of both": lambda pair: true_scenes(CONCEPT_RENDITION, pair, arguments.seeds, rng, sprites),
+        "true pictures of another rendition": lambda pair: true_scenes("twemoji", pair, arguments.seeds, rng, sprites),
+    } | {
+        entry.name: partial(entry.draw, arguments.base, arguments.output_dir / "runs", seeds=arguments.seeds)
+        for entry in ENTRIES
+    }
+    lines = [f"| | {' | '.join(MEASURES)} |", "|---|---|---|"]
+    report, drawn = {}, []
+    for name, pictures_of in sources.items():
+        rows = [pictures_of(pair) for pair in tqdm(pairs, desc=name)]
+        counts = [count(row, pair, arguments.seeds, finder, clip) for row, pair in zip(rows, pairs, strict=True)]
+        shares = [bootstrap_mean(column.float(), resamples=2000) for column in torch.cat(counts, 1)]
+        report[name] = dict(zip(MEASURES, [share._asdict() for share in shares], strict=True))
+        cells = [f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%})" for share in shares]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        drawn.append([row[column] for row in rows for column in (0, arguments.seeds)])
+    arguments.report_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.report_dir / "two_concepts.md").write_text("\n".join(lines) + "\n")
+    (arguments.report_dir / "two_concepts.json").write_text(json.dumps(report, indent=2) + "\n")
+    paste(drawn).save(arguments.report_dir / "two_concepts.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

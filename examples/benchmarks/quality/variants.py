@@ -1,0 +1,242 @@
+"""What is compared: Perfusion, its rivals with a grid of their settings, and Perfusion with one thing changed."""
+
+import shutil
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ablations import (
+    background,
+    ema,
+    first_pictures,
+    tight_masks,
+    timesteps,
+    trained_keys,
+    word_only,
+)
+from baselines import METHODS, bytes_of, read_subject
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_perfusion import add_perfusion
+from diffusers_perfusion.training import FitConfig
+from diffusers_perfusion.training import fit as fit_perfusion
+
+BIASES = (0.4, 0.5, 0.6, 0.7, 0.9)
+SCALES = (0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model and the super-category alone."""
+
+    name: str = "base"
+
+    def changes(self):
+        """Nothing of the package is changed."""
+        return nullcontext()
+
+    def fit(self, pipeline, base, subject, folder):
+        """There is nothing to fit."""
+        return {0: None}
+
+    def load(self, pipeline, subject, file):
+        """One point, without settings."""
+        yield None, {}
+
+    def phrase(self, subject):
+        """What calls the subject in a prompt."""
+        return subject.superclass
+
+    def bytes(self, file):
+        """Of what was fitted."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another method; its points are steps, or for a LoRA at the last step scales.
+
+    Attributes:
+        name: of the variant.
+        method: key of `baselines.METHODS`.
+        rate: learning rate.
+        save_at: steps after which it is drawn with.
+        scales: of a LoRA when drawing.
+        options: of the method's own, such as the rank of a LoRA.
+        masked: whether its loss sees the subject only, as Perfusion's.
+    """
+
+    name: str
+    method: str
+    rate: float
+    save_at: tuple[int, ...]
+    scales: tuple[float, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    masked: bool = False
+
+    changes = Base.changes
+
+    def fit(self, pipeline, base, subject, folder):
+        """Fit in bfloat16."""
+        return METHODS[self.method].fit(
+            pipeline,
+            read_subject(pipeline, subject.folder, masked=self.masked),
+            subject.word,
+            subject.superclass,
+            learning_rate=self.rate,
+            steps=max(self.save_at),
+            save_at=self.save_at,
+            output_dir=folder,
+            bf16=True,
+            **self.options,
+        )
+
+    def load(self, pipeline, subject, file):
+        """A point for each scale."""
+        METHODS[self.method].load(pipeline, file)
+        for scale in self.scales or (None,):
+            yield scale, {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
+
+    def phrase(self, subject):
+        """What calls the subject in a prompt."""
+        return METHODS[self.method].phrase(subject.word, subject.superclass)
+
+    def bytes(self, file):
+        """Of what was fitted."""
+        return bytes_of(file)
+
+
+@dataclass(frozen=True)
+class Perfusion:
+    """Perfusion with some settings of its own; its points are biases.
+
+    Attributes:
+        name: of the variant.
+        settings: of the fit, where they are not the defaults.
+        save_at: steps after which it is drawn with; after the last if empty.
+        biases: when drawing.
+        locking: when drawing.
+        pictures: how many it learns from; by default all.
+        patches: functions that give a context in which something of the package is changed.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    save_at: tuple[int, ...] = ()
+    biases: tuple[float, ...] = (0.5, 0.7)
+    locking: str = "local"
+    pictures: int | None = None
+    patches: tuple[Any, ...] = ()
+
+    def changes(self):
+        """All patches at once."""
+        stack = ExitStack()
+        for patch in self.patches:
+            stack.enter_context(patch())
+        return stack
+
+    def fit(self, pipeline, base, subject, folder):
+        """Fit in bfloat16."""
+        shutil.rmtree(folder / "fit", ignore_errors=True)
+        pictures = first_pictures(subject.folder, folder, self.pictures) if self.pictures else subject.folder
+        config = FitConfig(
+            pretrained_model_name_or_path=base,
+            instance_data_dir=str(pictures),
+            placeholder_token=subject.word,
+            superclass=subject.superclass,
+            output_dir=str(folder / "fit"),
+            mixed_precision="bf16",
+            **{"checkpointing_steps": 50, **self.settings},
+        )
+        with sdpa_kernel(SDPBackend.MATH):  # as the rivals
+            fit_perfusion(add_perfusion(pipeline), config)
+        last = {config.max_train_steps: folder / "fit" / "perfusion.safetensors"}
+        return {step: folder / "fit" / f"checkpoint-{step}" / "perfusion.safetensors" for step in self.save_at} or last
+
+    def load(self, pipeline, subject, file):
+        """A point for each bias."""
+        add_perfusion(pipeline).load_perfusion(file, "subject")
+        for bias in self.biases:
+            pipeline.set_perfusion("subject", bias=bias, locking=self.locking)
+            yield bias, {}
+
+    def phrase(self, subject):
+        """What calls the subject in a prompt."""
+        return subject.word
+
+    def bytes(self, file):
+        """Of what was fitted."""
+        return Path(file).stat().st_size
+
+
+STEPS = (50, 150, 250)
+
+
+def grid(method, rates, masked=False, **options):
+    """A method at each of some learning rates, after each of some steps."""
+    name = f"{method}{options.get('rank', '')}" + ("-masked" if masked else "")
+    return [Rival(f"{name}-{rate:g}", method, rate, STEPS, options=options, masked=masked) for rate in rates]
+
+
+def perfusion_grid(rates, repeats, schedule="constant_with_warmup"):
+    """Perfusion at pairs of learning rates, of the target outputs and of the word embedding, and at some repeats."""
+    return [
+        Perfusion(
+            f"perfusion-{schedule.split('_')[0]}-{value:g}-{embedding:g}-{count}",
+            {
+                "value_learning_rate": value,
+                "embedding_learning_rate": embedding,
+                "repeats": count,
+                "lr_scheduler": schedule,
+                "max_train_steps": max(STEPS),
+            },
+            save_at=STEPS,
+        )
+        for value, embedding in rates
+        for count in repeats
+    ]
+
+
+PANELS = {
+    "tuning": [
+        Base(),
+        *grid("lora", (3e-4, 1e-3), rank=4),
+        *grid("custom_diffusion", (1e-4, 3e-4)),
+        *grid("lora", (3e-4, 1e-3), rank=16),
+        *grid("textual_inversion", (1e-3, 3e-3, 1e-2)),
+        *grid("lora", (3e-3,), rank=4),
+        *grid("lora", (3e-4, 1e-3), rank=4, masked=True),
+        *perfusion_grid([(0.02, 0.002)], (1, 3, 6)),
+        *perfusion_grid([(0.03, 0.006)], (3,)),
+        *perfusion_grid([(0.02, 0.002)], (3,), "cosine"),
+    ],
+    "ablations": [
+        Perfusion("noisier timesteps", patches=(timesteps(0.5),)),
+        Perfusion("tight masks", patches=(tight_masks,)),
+        Perfusion("no mask", {"mask": "none"}),
+        Perfusion("attention masks", {"mask": "attention"}),
+        Perfusion("training bias 0.5", {"train_bias": 0.5}),
+        Perfusion("training bias 0.9", {"train_bias": 0.9}),
+        Perfusion("one picture", pictures=1),
+        Perfusion("word only", patches=(word_only,)),
+        Perfusion("global keys", locking="global", biases=(0.4, 0.6)),
+        Perfusion("min-SNR 5", {"snr_gamma": 5.0}),
+        Perfusion("EMA 1", patches=(ema(1.0),)),
+        Perfusion("no flip", {"random_flip": False}),
+        Perfusion("background 0.2", patches=(background(0.2),)),
+        Perfusion("cleaner timesteps", patches=(timesteps(2.0),)),
+        Perfusion("EMA 0.9", patches=(ema(0.9),)),
+    ],
+    "main": [
+        Base(),
+        Perfusion("perfusion", biases=BIASES),
+        Rival("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4}),
+        Perfusion("trained keys", biases=BIASES, patches=(trained_keys,)),
+        Perfusion("repeats 1", {"repeats": 1}, biases=BIASES),
+        Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
+        Rival("custom diffusion", "custom_diffusion", 1e-4, (50, 150, 250)),
+        Rival("lora16", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 16}),
+    ],
+}

@@ -1,0 +1,202 @@
+"""The rivals that the quality benchmark measures Perfusion against."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_perfusion.attention import cross_attention_layers
+
+WORD, SUPERCLASS = "<my-cat>", "cat"
+SETTINGS = {"textual_inversion": {}, "lora": {"rank": 2}, "custom_diffusion": {}}
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    path = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "quality" / "baselines.py"
+    spec = importlib.util.spec_from_file_location("baselines", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fresh(components):
+    """Another pipeline of the same base model each time."""
+
+    def make():
+        pipeline = StableDiffusionPipeline(**copy.deepcopy(components))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture
+def subject(baselines, fresh, pictures_folder):
+    (pictures_folder / "masks").mkdir()
+    for path in pictures_folder.glob("*.png"):
+        with Image.open(path) as picture:
+            Image.linear_gradient("L").resize(picture.size).save(pictures_folder / "masks" / path.name)
+    return baselines.read_subject(fresh(), pictures_folder)
+
+
+@pytest.fixture
+def fit(baselines, subject, tmp_path):
+    """Fit a method for two steps at a rate at which they can be seen."""
+
+    def run(name, pipeline, folder="fit", word=WORD, **settings):
+        settings = {"learning_rate": 0.1, "steps": 2, "batch_size": 4, "output_dir": tmp_path / folder} | settings
+        return baselines.METHODS[name].fit(pipeline, subject, word, SUPERCLASS, **SETTINGS[name], **settings)
+
+    return run
+
+
+def tensors(pipeline):
+    return {
+        f"{part}.{name}": value.clone()
+        for part in ("vae", "text_encoder", "unet")
+        for name, value in getattr(pipeline, part).state_dict().items()
+    }
+
+
+def test_the_subject_is_what_a_fit_reads(subject):
+    assert subject.latents.shape == (6, 4, 8, 8) and subject.masks.shape == (6, 1, 8, 8)
+    assert subject.masks[0, 0, -1, 0] == 1 > subject.masks[0, 0, 0, 0]  # the gradient is kept
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_only_what_the_method_adds_learns(name, bf16, fit, fresh):
+    pipeline = fresh()
+    before = tensors(pipeline)
+    fit(name, pipeline, bf16=bf16)
+    # LoRA moves the projections into another module, beside its own weights.
+    after = {key.replace(".base_layer", ""): value for key, value in tensors(pipeline).items()}
+    table = next(key for key in before if key.endswith("token_embedding.weight"))
+    added = {key: after.pop(key) for key in set(after) - set(before)}
+    rows = after[table]
+    after[table] = rows[: len(before[table])]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+    words = [] if name == "lora" else [WORD]
+    assert len(rows) - len(before[table]) == len(words)
+    if words:
+        row = rows[pipeline.tokenizer.convert_tokens_to_ids(WORD)]
+        start = before[table][pipeline.tokenizer(SUPERCLASS, add_special_tokens=False).input_ids[-1]]
+        assert 0 < (row - start).abs().max() < 0.5
+    layers = cross_attention_layers(pipeline.unet)
+    if name == "textual_inversion":
+        assert not added
+    elif name == "lora":
+        # Four projections of each layer of self- and of cross-attention, two matrices each.
+        assert len(added) == 2 * len(layers) * 4 * 2
+        assert all(value.any() for value in added.values())
+    else:
+        assert len(added) == len(layers) * 2
+        for key, value in added.items():
+            layer, which = key.split(".processor.")
+            original = before[f"{layer}.{which.replace('_custom_diffusion', '')}"]
+            assert value.shape == original.shape and not torch.equal(value, original)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_loaded_file_draws_what_was_learned(name, fit, fresh, generate, baselines):
+    method = baselines.METHODS[name]
+    trained, loaded = fresh(), fresh()
+    saved = fit(name, trained, save_at=[1, 2])
+    assert list(saved) == [1, 2] and {folder.name for folder in saved.values()} == {"step-1", "step-2"}
+    method.load(loaded, saved[2])
+    prompt = f"a photo of a {method.phrase(WORD, SUPERCLASS)} on the beach"
+    expected = generate(prompt, trained)
+    rounded = (generate(prompt, loaded) - expected).abs().max()  # by the file, which is in float16
+    assert rounded < 5e-3
+    plain = fresh()
+    if name != "lora":  # the word as it started
+        plain.tokenizer.add_tokens(WORD)
+        plain.text_encoder.resize_token_embeddings(len(plain.tokenizer), mean_resizing=False)
+        table = plain.text_encoder.get_input_embeddings().weight.data
+        table[-1] = table[plain.tokenizer(SUPERCLASS, add_special_tokens=False).input_ids[-1]]
+    assert (generate(prompt, plain) - expected).abs().max() > 10 * rounded
+    earlier = fresh()
+    method.load(earlier, saved[1])
+    assert (generate(prompt, earlier) - expected).abs().max() > 5 * rounded
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_seed_decides_the_file(name, fit, fresh):
+    def content(folder, seed):
+        (saved,) = fit(name, fresh(), folder, seed=seed).values()
+        return {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
+
+    torch.manual_seed(1)
+    first = content("first", 3)
+    torch.manual_seed(2)
+    assert content("again", 3) == first
+    assert content("other", 4) != first
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_files_are_of_the_learned_tensors_in_float16(name, fit, fresh, baselines):
+    pipeline = fresh()
+    (folder,) = fit(name, pipeline).values()
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert baselines.bytes_of(folder) == sum(sizes.values())
+    for path in folder.glob("*.safetensors"):
+        assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    numbers = {
+        "textual_inversion": [],
+        "lora": [p for key, p in pipeline.unet.named_parameters() if ".lora_" in key],
+        "custom_diffusion": [p for key, p in pipeline.unet.named_parameters() if "custom_diffusion" in key],
+    }[name]
+    expected = 2 * sum(p.numel() for p in numbers)
+    expected += 0 if name == "lora" else 2 * pipeline.text_encoder.config.hidden_size
+    # Names and headers, which are most of a tiny model's files, come on top.
+    assert expected < baselines.bytes_of(folder) < expected + 800 * (len(numbers) + 1) + 1000
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "custom_diffusion"])
+def test_two_concepts_are_loaded_together(name, fit, fresh, generate, baselines):
+    method = baselines.METHODS[name]
+    assert method.several
+    words = [WORD, "<my-dog>"]
+    folders = [
+        next(iter(fit(name, fresh(), f"fit-{seed}", word, seed=seed).values())) for seed, word in enumerate(words)
+    ]
+    both = fresh()
+    method.load(both, *folders)
+    prompt = "a photo of " + " and ".join(method.phrase(word, SUPERCLASS) for word in words)
+    drawn = generate(prompt, both)
+    for folder in folders:
+        one = fresh()
+        method.load(one, folder)
+        assert (generate(prompt, one) - drawn).abs().max() > 1e-3
+    if name == "textual_inversion":
+        for folder, word in zip(folders, words, strict=True):
+            row = both.text_encoder.get_input_embeddings().weight[both.tokenizer.convert_tokens_to_ids(word)]
+            (saved,) = load_file(folder / baselines.WORD_FILE).values()
+            assert torch.equal(row.half(), saved[0])
+
+
+def test_low_precision_gives_the_same_gradients(fit, fresh):
+    # The first step of Adam is little more than the sign of the gradient.
+    embeddings = {}
+    for bf16 in (False, True):
+        pipeline = fresh()
+        fit("textual_inversion", pipeline, f"bf16-{bf16}", steps=1, bf16=bf16)
+        embeddings[bf16] = pipeline.text_encoder.get_input_embeddings().weight[-1]
+    assert torch.isclose(embeddings[True], embeddings[False], atol=1e-4).float().mean() > 0.9
+
+
+def test_a_word_that_is_known_or_gradients_that_are_zero_are_refused(fit, fresh):
+    with pytest.raises(ValueError, match="knows 'cat' already"):
+        fit("textual_inversion", fresh(), word="cat")
+    pipeline = fresh()
+    with pytest.raises(RuntimeError, match="gradients of step 1 are zero"):
+        fit("textual_inversion", pipeline, word="<a-word>", phrase="dog")

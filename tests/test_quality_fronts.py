@@ -1,0 +1,93 @@
+"""From pictures to fronts: the quality benchmark's arithmetic."""
+
+import json
+
+import fronts
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from subjects import PROMPTS
+
+from diffusers_perfusion.evaluation import Scores
+
+
+def front(means, name="front", spread=0.0, cells=6):
+    """A front whose points have these means, cells spread around them alike."""
+    around = np.linspace(-spread, spread, cells)[None, :, None]
+    points = [{"steps": 1, "knob": number} for number in range(len(means))]
+    return fronts.Front(name, points, np.array(means, float)[:, None] + around, 1.0, 10)
+
+
+def test_identity_between_two_points_is_on_the_line_between_them():
+    means = np.array([[0.3, 0.8], [0.5, 0.6]])
+    assert fronts.identity_at(means, 0.7) == pytest.approx(0.4)
+    assert fronts.identity_at(means[::-1], 0.7) == pytest.approx(0.4)
+    assert fronts.identity_at(means, [0.6, 0.8]) == pytest.approx([0.5, 0.3])
+
+
+def test_beyond_its_ends_a_front_is_not_extended():
+    means = np.array([[0.3, 0.8], [0.5, 0.6]])
+    assert fronts.identity_at(means, [0.1, 0.9]) == pytest.approx([0.5, 0.3])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.1, 0.9), st.floats(0.1, 0.9)), min_size=1, max_size=5, unique_by=lambda m: m[1]),
+    st.floats(-0.2, 0.2),
+)
+def test_a_front_is_above_itself_moved_down_by_that_much(means, down):
+    moved = [(identity - down, text) for identity, text in means]
+    for number in range(len(means)):
+        difference, (low, high) = fronts.advantage(front(means), front(moved), number, resamples=5)
+        assert difference == pytest.approx(down, abs=1e-9)
+        assert low == pytest.approx(down, abs=1e-9) == high
+
+
+def test_the_interval_of_an_advantage_is_over_pairs_of_cells():
+    ours, theirs = front([(0.5, 0.7)]), front([(0.4, 0.7)])
+    noisy = front([(0.4, 0.7)], spread=0.1)
+    assert fronts.advantage(ours, theirs, 0)[1] == pytest.approx((0.1, 0.1))
+    low, high = fronts.advantage(ours, noisy, 0)[1]
+    assert low < 0.1 < high
+    # What both fronts share is no doubt about their difference.
+    assert fronts.advantage(front([(0.5, 0.7)], spread=0.1), noisy, 0)[1] == pytest.approx((0.1, 0.1))
+
+
+def test_the_best_point_has_the_highest_harmonic_mean():
+    assert front([(0.2, 0.8), (0.5, 0.7), (0.6, 0.3)]).best == 1
+
+
+class ByColour:
+    """A judge of which each score is one channel of the first pixel."""
+
+    def __init__(self, clip, identity, references):
+        pass
+
+    def score(self, pictures, texts):
+        assert len(pictures) == len(texts)
+        return [Scores(*(value / 255 for value in picture.getpixel((0, 0))[:2])) for picture in pictures]
+
+
+def test_pictures_of_a_run_are_scored_by_point_prompt_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(fronts, "Judge", ByColour)
+    folder, seeds, side = tmp_path / "runs" / "variant", 2, 4
+    values = np.zeros((2, len(PROMPTS), seeds), np.uint8)  # of points, prompts and seeds
+    values[0], values[1, 3, 1] = 51, 102
+    for icon in ("robot", "chair"):
+        (folder / icon).mkdir(parents=True)
+        (tmp_path / "subjects" / icon).mkdir(parents=True)
+        pixels = np.zeros((2, len(PROMPTS) * seeds, 3), np.uint8)
+        pixels[..., 0] = values.reshape(2, -1)
+        pixels[..., 1] = 255 if icon == "robot" else 0
+        Image.fromarray(pixels.repeat(side, 0).repeat(side, 1)).save(folder / icon / "pictures.png")
+        run = {"seeds": seeds, "seconds": 2.0, "bytes": 7, "points": [{"steps": 1, "knob": k} for k in range(2)]}
+        (folder / icon / "run.json").write_text(json.dumps(run))
+    (scored,) = fronts.score_all(tmp_path, ["variant", "not run"], ["robot", "chair"], None, None).values()
+    assert scored.scores.shape == (2, 2 * len(PROMPTS), 2)
+    assert scored.scores[0, :, 0] == pytest.approx(0.2)
+    assert scored.scores[1, [3, 3 + len(PROMPTS)], 0] == pytest.approx(0.2)
+    assert scored.scores[1, :, 0].sum() == pytest.approx(0.4)
+    assert scored.scores[0, :, 1].tolist() == [1.0] * len(PROMPTS) + [0.0] * len(PROMPTS)
+    assert (scored.seconds, scored.bytes) == (2.0, 7)
