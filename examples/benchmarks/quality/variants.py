@@ -236,7 +236,7 @@ PANELS = {
         Perfusion("trained keys", biases=BIASES, patches=(trained_keys,)),
         Perfusion("repeats 1", {"repeats": 1}, biases=BIASES),
         Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
-        Rival("custom diffusion", "custom_diffusion", 1e-4, (50, 150, 250)),
+        Rival("custom diffusion", "custom_diffusion", 3e-4, (50, 150, 250)),
         Rival("lora16", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 16}),
     ],
 }

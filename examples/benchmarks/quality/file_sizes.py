@@ -1,0 +1,66 @@
+"""Bytes of a concept file and of LoRAs in float16, for models with the shapes of the pocket model and of SD 1.5.
+
+    python examples/benchmarks/quality/file_sizes.py --report_dir examples/benchmarks/quality/results
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from subjects import POCKET
+
+from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.concept import HEADER_KEY, PerfusionConcept
+
+RANKS = (4, 16)
+# Of runwayml/stable-diffusion-v1-5; everything else is the default of the class.
+SD_1_5 = {"sample_size": 64, "cross_attention_dim": 768}
+
+
+def concept_bytes(unet, width):
+    """Of a concept with random numbers."""
+    vectors = {
+        name: torch.rand(width)
+        for name in ("word_embedding", "target_input", "inverse_target_input", "superclass_input")
+    }
+    outputs = {name: torch.rand(layer.inner_kv_dim) for name, layer in cross_attention_layers(unet).items()}
+    concept = PerfusionConcept("<my-bear>", "teddy bear", **vectors, target_outputs=outputs, base_model="base")
+    tensors = concept.state_dict()
+    return len(save(tensors, {HEADER_KEY: tensors.pop(HEADER_KEY)}))
+
+
+def lora_bytes(unet, rank):
+    """Of a LoRA on all projections of all attention layers, as `baselines.lora` saves it."""
+    unet.add_adapter(LoraConfig(r=rank, target_modules=["to_k", "to_q", "to_v", "to_out.0"]), "sized")
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name="sized"))
+    unet.delete_adapters("sized")
+    return len(save({f"unet.{name}": torch.zeros(t.shape, dtype=torch.float16) for name, t in layers.items()}))
+
+
+def main(args=None):
+    """Count, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report_dir", type=Path, required=True)
+    arguments = parser.parse_args(args)
+
+    configs = {"pocket": UNet2DConditionModel.load_config(POCKET / "unet"), "SD 1.5": SD_1_5}
+    report = {}
+    for name, config in configs.items():
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+        sizes = {"concept": concept_bytes(unet, unet.config.cross_attention_dim)}
+        sizes |= {f"LoRA of rank {rank}": lora_bytes(unet, rank) for rank in RANKS}
+        report[name] = sizes
+        print(name, {key: f"{size:,} ({size / sizes['concept']:.1f})" for key, size in sizes.items()})
+    arguments.report_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.report_dir / "file_sizes.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
