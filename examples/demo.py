@@ -22,7 +22,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", choices=("teddy_bear", "robot", "chair", "mug"), default="teddy_bear")
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--max_train_steps", type=int, default=150)
+    parser.add_argument("--max_train_steps", type=int, default=250)
     parser.add_argument("--quick", action="store_true", help="Draw the sheet in few denoising steps.")
     arguments = parser.parse_args()
 

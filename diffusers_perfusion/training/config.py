@@ -50,7 +50,7 @@ def _required(help: str) -> Any:
 
 @dataclass
 class FitConfig:
-    """Settings of a fit; defaults are the paper's (Section 4 and Appendix A) but where others were measured to be better.
+    """Settings of a fit; defaults are the paper's (Section 4, Appendix A) but where others were measured to be better.
 
     Each field's description is in its metadata, and printed by `perfusion fit --help`.
 

@@ -1,0 +1,34 @@
+"""All of the quality benchmark: what settings are chosen on, the comparison, ablations, and two things in one picture.
+
+    python examples/benchmarks/quality/run.py --output_dir outputs/quality --report_dir examples/benchmarks/quality/results
+
+Takes about two hours on two cores; one that was stopped goes on where it was.
+"""
+
+import argparse
+from pathlib import Path
+
+import compare
+import file_sizes
+import report
+import two_concepts
+from variants import PANELS
+
+
+def main(args=None):
+    """Run every part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
+    parser.add_argument("--report_dir", type=Path, required=True)
+    arguments = parser.parse_args(args)
+
+    folders = ["--output_dir", str(arguments.output_dir), "--report_dir", str(arguments.report_dir)]
+    for panel in PANELS:
+        compare.main(["--panel", panel, *folders[:2]])
+        report.main(["--panel", panel, *folders])
+    two_concepts.main(folders)
+    file_sizes.main(folders[2:])
+
+
+if __name__ == "__main__":
+    main()
