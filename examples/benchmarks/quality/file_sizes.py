@@ -1,6 +1,6 @@
 """Bytes of a concept file and of LoRAs in float16, for models with the shapes of the pocket model and of SD 1.5.
 
-    python examples/benchmarks/quality/file_sizes.py --report_dir examples/benchmarks/quality/results
+python examples/benchmarks/quality/file_sizes.py --report_dir examples/benchmarks/quality/results
 """
 
 import argparse

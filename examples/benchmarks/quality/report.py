@@ -11,7 +11,7 @@ import numpy as np
 from fronts import RESAMPLES, advantage, interval, score_all
 from matplotlib.figure import Figure
 from subjects import POCKET, TEST, TUNING
-from variants import PANELS
+from variants import PANELS, RECIPE
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 
@@ -89,11 +89,14 @@ def main(args=None):
 
     clip, identity = ClipEncoder.from_pretrained(arguments.clip), IdentityEncoder.from_pretrained(arguments.identity)
     names = [variant.name for variant in PANELS[arguments.panel]]
+    names = [RECIPE, *names] if arguments.panel == "ablations" else names
     icons = TEST if arguments.panel == "main" else TUNING
     fronts = score_all(arguments.output_dir, names, icons, clip, identity)
     report = points_table(fronts)
-    if "perfusion" in fronts:
-        report += "\n" + advantage_table(fronts, "perfusion")
+    if ours := {"main": "perfusion", "ablations": RECIPE}.get(arguments.panel):
+        report += "\n" + advantage_table(
+            {name: front.last() if name == ours else front for name, front in fronts.items()}, ours
+        )
     print(report)
     if arguments.report_dir:
         arguments.report_dir.mkdir(parents=True, exist_ok=True)

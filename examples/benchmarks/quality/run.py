@@ -1,6 +1,6 @@
 """All of the quality benchmark: what settings are chosen on, the comparison, ablations, and two things in one picture.
 
-    python examples/benchmarks/quality/run.py --output_dir outputs/quality --report_dir examples/benchmarks/quality/results
+    cd examples/benchmarks/quality && python run.py --output_dir outputs --report_dir results
 
 Takes about two hours on two cores; one that was stopped goes on where it was.
 """

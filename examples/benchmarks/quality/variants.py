@@ -199,6 +199,9 @@ def perfusion_grid(rates, repeats, schedule="constant_with_warmup"):
     ]
 
 
+# What ablations are compared with: of the tuning panel, the defaults of a fit.
+RECIPE = "perfusion-constant-0.02-0.002-3"
+
 PANELS = {
     "tuning": [
         Base(),
