@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
-from subjects import PROMPTS, Subject
+from subjects import PROMPTS, Subject, rephrased
 
 from diffusers_perfusion.evaluation import Judge
 
@@ -20,7 +21,8 @@ class Front:
     Attributes:
         name: of the variant.
         points: settings of each, `{"steps": …, "knob": …}`.
-        scores: `(points, cells, 2)`, identity and text alignment, averaged over seeds; a cell is a thing and a prompt.
+        scores: `(points, cells, 3)`, averaged over seeds; a cell is a thing and a prompt. Identity, text alignment
+            (CLIP-T), and the share of what the prompt asks for that CLIP finds, see `found`.
         seconds: of a fit, the median over things.
         bytes: of what was fitted.
     """
@@ -39,13 +41,13 @@ class Front:
 
     @property
     def means(self):
-        """Identity and text alignment of each point, `(points, 2)`."""
+        """Scores of each point, `(points, 3)`."""
         return self.scores.mean(1)
 
     @property
     def best(self):
         """Index of the point with the highest harmonic mean."""
-        return int((2 / (1 / self.means.clip(1e-6)).sum(1)).argmax())
+        return int((2 / (1 / self.means[:, :2].clip(1e-6)).sum(1)).argmax())
 
 
 def read_pictures(path, seeds):
@@ -65,6 +67,16 @@ def read_pictures(path, seeds):
     ]
 
 
+def found(clip, pictures, prompt):
+    """The share of what a prompt asks for that is in each picture: CLIP prefers it to all that stands in its place.
+
+    Unlike CLIP-T this does not fall when a thing comes to look less like its noun.
+    """
+    seen = clip.encode_pictures(pictures)
+    hits = [(seen @ clip.encode_texts(prompts).T).argmax(-1) == 0 for prompts in rephrased(prompt)]
+    return torch.stack(hits).float().mean(0).tolist()
+
+
 def score(folder, icons, clip, identity):
     """The front of one variant over things, from the pictures in `<folder>/<icon>`."""
     cells, runs = [], []
@@ -74,17 +86,21 @@ def score(folder, icons, clip, identity):
         subject = Subject(icon, folder.parents[1] / "subjects" / icon)
         texts = [prompt.format(subject.superclass) for prompt in PROMPTS for _ in range(run["seeds"])]
         judge = Judge(clip, identity, subject.pictures())
-        scores = [judge.score([one for prompt in point for one in prompt], texts) for point in pictures]
-        cells.append(np.array(scores).reshape(len(pictures), len(PROMPTS), run["seeds"], 2).mean(2))
+        scores = []
+        for point in pictures:
+            judged = judge.score([one for prompt in point for one in prompt], texts)
+            shares = [found(clip, some, texts[n * run["seeds"]]) for n, some in enumerate(point)]
+            scores.append(np.column_stack([np.array(judged), np.concatenate(shares)]))
+        cells.append(np.array(scores).reshape(len(pictures), len(PROMPTS), run["seeds"], 3).mean(2))
         runs.append(run)
     seconds, size = np.median([run["seconds"] for run in runs]), int(np.median([run["bytes"] for run in runs]))
     return Front(folder.name, runs[0]["points"], np.concatenate(cells, 1), float(seconds), size)
 
 
-def identity_at(means, text):
+def identity_at(means, text, measure=1):
     """Identity where a front passes a text alignment, between its points on a line; beyond its ends, at the end."""
-    order = means[:, 1].argsort()
-    return np.interp(text, means[order, 1], means[order, 0])
+    order = means[:, measure].argsort()
+    return np.interp(text, means[order, measure], means[order, 0])
 
 
 def interval(values):
@@ -93,8 +109,8 @@ def interval(values):
     return float(low), float(high)
 
 
-def advantage(front, other, point, resamples=RESAMPLES):
-    """By how much the identity of a front is above another's point, at that point's text alignment.
+def advantage(front, other, point, measure=1, resamples=RESAMPLES):
+    """By how much the identity of a front is above another's point, at that point's text alignment or other measure.
 
     Returns:
         The difference, and its interval over resampled cells, the same ones of both.
@@ -102,8 +118,8 @@ def advantage(front, other, point, resamples=RESAMPLES):
     draw = np.random.default_rng(0)
 
     def difference(cells):
-        identity, text = other.scores[point][cells].mean(0)
-        return identity_at(front.scores[:, cells].mean(1), text) - identity
+        scores = other.scores[point][cells].mean(0)
+        return identity_at(front.scores[:, cells].mean(1), scores[measure], measure) - scores[0]
 
     count = front.scores.shape[1]
     resampled = [difference(draw.integers(count, size=count)) for _ in range(resamples)]

@@ -12,7 +12,7 @@ POCKET = EXAMPLES / "pocket"
 sys.path += [str(POCKET / "recipe"), str(EXAMPLES / "data")]
 
 from draw import city, meadow, picture, plain, room, snow  # noqa: E402
-from icons import CONCEPT_RENDITION, NOUNS, load_sprites  # noqa: E402
+from icons import CONCEPT_RENDITION, NOUNS, WORN, load_sprites  # noqa: E402
 
 # Settings are chosen on the first, figures come from the second.
 TUNING = ("duck", "teapot")
@@ -28,6 +28,36 @@ PROMPTS = (
     "a {} and a cat in a meadow",
     "a {} on top of a car in the desert",
 )
+
+# What else the prompts could have asked for, phrase by phrase; nothing worn and no companion are among it.
+ALTERNATIVES = (
+    (
+        "on the beach",
+        "in space",
+        "under water",
+        "in the forest",
+        "in the city",
+        "in the snow",
+        "in a meadow",
+        "in the desert",
+        "at night",
+        "at sunset",
+        "in a room",
+    ),
+    (*(f"wearing {worn.words} " for worn in WORN.values()), ""),
+    (*(f"and a {noun} " for noun in ("cat", "dog", "horse", "pig", "cactus", "guitar", "house", "bus")), ""),
+    (*(f"on top of a {noun} " for noun in ("car", "bus", "horse", "house", "pig", "turtle", "mushroom")), ""),
+)
+
+
+def rephrased(prompt):
+    """For each thing that a prompt asks for, the prompt itself and then the same with another thing in its place."""
+    return [
+        [prompt, *(prompt.replace(phrase, other) for other in others if other != phrase)]
+        for others in ALTERNATIVES
+        for phrase in others
+        if phrase and phrase in prompt
+    ]
 
 
 @dataclass(frozen=True)
