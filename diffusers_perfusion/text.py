@@ -85,6 +85,11 @@ def tokens_of(word: str, repeats: int) -> list[str]:
     return [word, *(f"{word}_{number}" for number in range(1, repeats))]
 
 
+def _hides(word: str, repeats: int, other: str) -> bool:
+    """Whether a pipeline that writes out the tokens of `word` would break up or add `other`."""
+    return word in other and (repeats > 1 or other == f"{word}_1")
+
+
 class ConceptWords:
     """The concept words that one tokenizer and one text encoder know, besides those they were made with.
 
@@ -120,18 +125,28 @@ class ConceptWords:
         """Whether the words are in place."""
         return self._plain is not None
 
-    def check_new(self, word: str) -> None:
-        """Raise ValueError if `word` cannot become a concept word, because it is one already or is plain language."""
-        if word in self._words:
-            raise ValueError(
-                f"{word!r} is the word of a concept that is loaded already; give this one another with "
-                "placeholder_token="
-            )
-        if len(self.tokenizer.tokenize(word)) == 1:
-            raise ValueError(
-                f"{word!r} is already a word of the tokenizer, so it cannot stand for a concept; choose another with "
-                "placeholder_token=, such as '<my-cat>'"
-            )
+    def check_new(self, word: str, repeats: int = 1) -> None:
+        """Raise ValueError if `word` cannot become a concept word of `repeats` tokens.
+
+        That is if it cannot be told from another concept's word or is plain language.
+        """
+        for other, (_, _, count) in self._words.items():
+            if word == other:
+                raise ValueError(
+                    f"{word!r} is the word of a concept that is loaded already; give this one another with "
+                    "placeholder_token="
+                )
+            if _hides(word, repeats, other) or _hides(other, count, word):
+                raise ValueError(
+                    f"{word!r} and {other!r}, the word of a concept that is loaded already, cannot be told apart in a "
+                    "prompt, because one is part of the other; give this one another with placeholder_token="
+                )
+        for token in tokens_of(word, repeats + 1):  # a pipeline would take the one more for another repeat
+            if len(self.tokenizer.tokenize(token)) == 1:
+                raise ValueError(
+                    f"{token!r} is already a word of the tokenizer, so it cannot stand for a concept; choose another "
+                    "with placeholder_token=, such as '<my-cat>'"
+                )
 
     def add(self, word: str, embedding: Tensor, superclass: str, repeats: int = 1) -> None:
         """Teach a word.
@@ -145,8 +160,7 @@ class ConceptWords:
         Raises:
             ValueError: if the word is taken, the super-category unknown, or the embedding of another width.
         """
-        for token in tokens_of(word, repeats):
-            self.check_new(token)
+        self.check_new(word, repeats)
         width = embedding_table(self.text_encoder).shape[1]
         if len(embedding) != width:
             raise ValueError(
@@ -258,9 +272,9 @@ class ConceptWords:
     def _twin_encodings(self, rows: list[list[int]]) -> Tensor:
         """Encodings of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
 
-        A super-category of several tokens makes the twin longer than the prompt. The encodings are gathered so that
-        position `p` of the twin belongs to position `p` of the prompt, a concept word to the super-category's last
-        token, because attention takes a key and its value from the same position.
+        A super-category of several tokens makes the twin longer than the prompt, a word of several tokens shorter. The
+        encodings are gathered so that position `p` of the twin belongs to position `p` of the prompt, all of a concept
+        word to the super-category's last token, because attention takes a key and its value from the same position.
         """
         # Of a word's tokens the first becomes the super-category; the others share its place.
         becomes: dict[int, list[int]] = {token_id: [] for token_id in self._ids}
@@ -272,7 +286,8 @@ class ConceptWords:
             for token_id in row:
                 twin += becomes.get(token_id, [token_id])
                 index.append(min(len(twin), len(row)) - 1)
-            twins.append([*twin[: len(row) - 1], row[-1]])
+            twin = twin[: len(row) - 1]
+            twins.append(twin + [row[-1]] * (len(row) - len(twin)))
             gather.append(index)
         encodings = encode(self.text_encoder, torch.tensor(twins))
         return torch.stack(

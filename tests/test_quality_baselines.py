@@ -1,9 +1,8 @@
 """The rivals that the quality benchmark measures Perfusion against."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
+import baselines
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -14,15 +13,6 @@ from diffusers_perfusion.attention import cross_attention_layers
 
 WORD, SUPERCLASS = "<my-cat>", "cat"
 SETTINGS = {"textual_inversion": {}, "lora": {"rank": 2}, "custom_diffusion": {}}
-
-
-@pytest.fixture(scope="module")
-def baselines():
-    path = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "quality" / "baselines.py"
-    spec = importlib.util.spec_from_file_location("baselines", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -38,7 +28,7 @@ def fresh(components):
 
 
 @pytest.fixture
-def subject(baselines, fresh, pictures_folder):
+def subject(fresh, pictures_folder):
     (pictures_folder / "masks").mkdir()
     for path in pictures_folder.glob("*.png"):
         with Image.open(path) as picture:
@@ -47,7 +37,7 @@ def subject(baselines, fresh, pictures_folder):
 
 
 @pytest.fixture
-def fit(baselines, subject, tmp_path):
+def fit(subject, tmp_path):
     """Fit a method for two steps at a rate at which they can be seen."""
 
     def run(name, pipeline, folder="fit", word=WORD, **settings):
@@ -65,9 +55,12 @@ def tensors(pipeline):
     }
 
 
-def test_the_subject_is_what_a_fit_reads(subject):
+def test_the_subject_is_what_a_fit_reads(subject, fresh, pictures_folder):
     assert subject.latents.shape == (6, 4, 8, 8) and subject.masks.shape == (6, 1, 8, 8)
-    assert subject.masks[0, 0, -1, 0] == 1 > subject.masks[0, 0, 0, 0]  # the gradient is kept
+    assert subject.masks.eq(1).all()
+    masked = baselines.read_subject(fresh(), pictures_folder, masked=True)
+    assert torch.equal(masked.latents, subject.latents)
+    assert masked.masks[0, 0, -1, 0] == 1 > masked.masks[0, 0, 0, 0]  # the gradient is kept
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -107,7 +100,7 @@ def test_only_what_the_method_adds_learns(name, bf16, fit, fresh):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_loaded_file_draws_what_was_learned(name, fit, fresh, generate, baselines):
+def test_a_loaded_file_draws_what_was_learned(name, fit, fresh, generate):
     method = baselines.METHODS[name]
     trained, loaded = fresh(), fresh()
     saved = fit(name, trained, save_at=[1, 2])
@@ -143,7 +136,7 @@ def test_the_seed_decides_the_file(name, fit, fresh):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_files_are_of_the_learned_tensors_in_float16(name, fit, fresh, baselines):
+def test_files_are_of_the_learned_tensors_in_float16(name, fit, fresh):
     pipeline = fresh()
     (folder,) = fit(name, pipeline).values()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -162,7 +155,7 @@ def test_files_are_of_the_learned_tensors_in_float16(name, fit, fresh, baselines
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "custom_diffusion"])
-def test_two_concepts_are_loaded_together(name, fit, fresh, generate, baselines):
+def test_two_concepts_are_loaded_together(name, fit, fresh, generate):
     method = baselines.METHODS[name]
     assert method.several
     words = [WORD, "<my-dog>"]

@@ -5,10 +5,11 @@ import json
 import fronts
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from subjects import PROMPTS
+from subjects import PROMPTS, rephrased
 
 from diffusers_perfusion.evaluation import Scores
 
@@ -59,6 +60,15 @@ def test_the_best_point_has_the_highest_harmonic_mean():
     assert front([(0.2, 0.8), (0.5, 0.7), (0.6, 0.3)]).best == 1
 
 
+class SeesNothing:
+    """A CLIP to which all pictures and texts are the same."""
+
+    def encode_pictures(self, pictures):
+        return torch.ones(len(pictures), 1)
+
+    encode_texts = encode_pictures
+
+
 class ByColour:
     """A judge of which each score is one channel of the first pixel."""
 
@@ -84,10 +94,36 @@ def test_pictures_of_a_run_are_scored_by_point_prompt_and_seed(tmp_path, monkeyp
         Image.fromarray(pixels.repeat(side, 0).repeat(side, 1)).save(folder / icon / "pictures.png")
         run = {"seeds": seeds, "seconds": 2.0, "bytes": 7, "points": [{"steps": 1, "knob": k} for k in range(2)]}
         (folder / icon / "run.json").write_text(json.dumps(run))
-    (scored,) = fronts.score_all(tmp_path, ["variant", "not run"], ["robot", "chair"], None, None).values()
-    assert scored.scores.shape == (2, 2 * len(PROMPTS), 2)
+    (scored,) = fronts.score_all(tmp_path, ["variant", "not run"], ["robot", "chair"], SeesNothing(), None).values()
+    assert scored.scores.shape == (2, 2 * len(PROMPTS), 3)
     assert scored.scores[0, :, 0] == pytest.approx(0.2)
     assert scored.scores[1, [3, 3 + len(PROMPTS)], 0] == pytest.approx(0.2)
     assert scored.scores[1, :, 0].sum() == pytest.approx(0.4)
     assert scored.scores[0, :, 1].tolist() == [1.0] * len(PROMPTS) + [0.0] * len(PROMPTS)
     assert (scored.seconds, scored.bytes) == (2.0, 7)
+
+
+class Reads:
+    """A CLIP that sees in a picture, which is a text, what stands in it."""
+
+    WORDS = ("robot", "top hat", "crown", "city", "beach")
+
+    def encode_texts(self, texts):
+        return torch.tensor([[float(word in text) for word in self.WORDS] + [0.1] for text in texts])
+
+    encode_pictures = encode_texts
+
+
+def test_what_is_asked_for_is_found_part_by_part():
+    pictures = ["robot top hat city", "robot top hat beach", "robot crown beach", "top hat city"]
+    assert fronts.found(Reads(), pictures, "a robot wearing a top hat in the city") == [1, 0.5, 0, 1]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_asks_for_one_place_and_perhaps_a_companion(prompt):
+    prompts = rephrased(prompt.format("mug"))
+    assert len(prompts) == (1 if prompt in PROMPTS[:4] else 2)
+    for own, *others in prompts:
+        assert own == prompt.format("mug") and own not in others
+        assert len({*others}) == len(others) >= 6
+        assert all("  " not in other and "mug" in other for other in others)

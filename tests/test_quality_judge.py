@@ -1,9 +1,9 @@
 """The evaluators beside the pocket model, and the report on how far to trust them."""
 
-import importlib.util
 from pathlib import Path
 
 import icons
+import judge
 import pytest
 import scenes
 import torch
@@ -14,14 +14,6 @@ from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 EVALUATORS = EXAMPLES / "pocket" / "evaluators"
-
-
-@pytest.fixture(scope="module")
-def judge():
-    spec = importlib.util.spec_from_file_location("judge", EXAMPLES / "benchmarks" / "quality" / "judge.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def test_the_evaluators_are_small(name):
     assert (EVALUATORS / name / "model.safetensors").stat().st_size < 6e6
 
 
-def test_clip_tells_one_word_in_scenes_of_things_it_has_not_seen(judge, sprites):
+def test_clip_tells_one_word_in_scenes_of_things_it_has_not_seen(sprites):
     _, held_out = sprites
     clip = ClipEncoder.from_pretrained(str(EVALUATORS / "clip"))
     draw = judge.drawn_from(held_out)
@@ -67,7 +59,7 @@ def test_clip_tells_one_word_in_scenes_of_things_it_has_not_seen(judge, sprites)
     assert min(row["mean"] for row in rows.values()) > 0.6
 
 
-def test_identity_is_highest_for_the_same_thing(judge, sprites, monkeypatch):
+def test_identity_is_highest_for_the_same_thing(sprites, monkeypatch):
     seen, held_out = sprites
     monkeypatch.setattr(judge, "NOUNS", list(icons.NOUNS)[::4])
     identity = IdentityEncoder.from_pretrained(str(EVALUATORS / "identity"))
@@ -79,7 +71,7 @@ def test_identity_is_highest_for_the_same_thing(judge, sprites, monkeypatch):
         assert rows["another noun"]["below the same thing"] > 0.8
 
 
-def test_a_judge_that_cannot_see_is_right_half_the_time(judge, sprites):
+def test_a_judge_that_cannot_see_is_right_half_the_time(sprites):
     seen, _ = sprites
 
     class Guess:
@@ -93,7 +85,7 @@ def test_a_judge_that_cannot_see_is_right_half_the_time(judge, sprites):
     assert all(row["low"] - 0.05 < 0.5 < row["high"] + 0.05 for row in rows.values())
 
 
-def test_the_report_is_two_tables(judge):
+def test_the_report_is_two_tables():
     score = {"mean": 0.5, "low": -0.25, "high": 0.75, "below the same thing": 0.9}
     report = {
         "identity": {"alone": {judge.SAME: score, "another noun": score}},

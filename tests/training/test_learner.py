@@ -4,7 +4,7 @@ from conftest import WIDTH
 from diffusers import DDIMScheduler
 
 from diffusers_perfusion.attention import cross_attention_layers
-from diffusers_perfusion.text import TEMPLATES, superclass_input
+from diffusers_perfusion.text import TEMPLATES, superclass_input, tokenize
 from diffusers_perfusion.training import FitConfig, make_accelerator
 from diffusers_perfusion.training.data import Subject
 from diffusers_perfusion.training.learner import NAME, Learner
@@ -120,6 +120,21 @@ def mean_encoding(pipeline, prompts):
     at_word = ids == pipeline.tokenizer.convert_tokens_to_ids(WORD)
     assert at_word.sum(1).eq(1).all()
     return pipeline.text_encoder(ids).last_hidden_state[at_word].mean(0)
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 5])
+def test_its_prompts_hold_all_tokens_of_the_word(make_learner, pipeline, repeats):
+    """As those do that a pipeline will draw."""
+    learner = make_learner(repeats=repeats)
+    assert (learner.concept.repeats, learner.result().repeats) == (repeats, repeats)
+    prompts = pipeline.maybe_convert_prompt([template.format(WORD) for template in TEMPLATES], pipeline.tokenizer)
+    assert torch.equal(learner.prompt_ids, tokenize(pipeline.tokenizer, prompts))
+    tokens = pipeline.tokenizer.convert_tokens_to_ids([WORD, *(f"{WORD}_{n}" for n in range(1, repeats))])
+    for ids, at in zip(learner.prompt_ids.tolist(), learner.word_at, strict=True):
+        assert ids[at : at + repeats] == tokens
+    before = numbers(learner)
+    learner.step(0)
+    assert all(not torch.equal(value, before[name]) for name, value in numbers(learner).items())
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

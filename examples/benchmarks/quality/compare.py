@@ -33,7 +33,7 @@ def load_base(source):
 
 
 @torch.no_grad()
-def draw(pipeline, prompts, seeds, **options):
+def draw(pipeline, prompts, seeds, num_inference_steps=25, **options):
     """A picture for each prompt and seed, prompt by prompt; the text encoder in float32, the rest in bfloat16."""
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     pictures = []
@@ -44,7 +44,7 @@ def draw(pipeline, prompts, seeds, **options):
             pictures += pipeline(
                 prompt_embeds=positive,
                 negative_prompt_embeds=negative,
-                num_inference_steps=25,
+                num_inference_steps=num_inference_steps,
                 guidance_scale=5.0,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 **options,
@@ -68,7 +68,7 @@ def job(name, icon, options):
         for step, file in fitted.items():
             pipeline = load_base(options.base)
             for knob, settings in variant.load(pipeline, subject, file):
-                rows.append(draw(pipeline, prompts, range(options.seeds), **settings))
+                rows.append(draw(pipeline, prompts, range(options.seeds), options.num_inference_steps, **settings))
                 points.append({"steps": step, "knob": knob})
     size = max(variant.bytes(file) for file in fitted.values())
     paste(rows).save(folder / "pictures.png")
@@ -93,7 +93,8 @@ def main(args=None):
     parser.add_argument("--only", action="append", help="Name of a variant; by default all of the panel; repeatable.")
     parser.add_argument("--base", default=str(POCKET))
     parser.add_argument("--seeds", type=int, default=4, help="Pictures for each prompt.")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="Denoising steps of a picture.")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="0 runs all jobs in this one.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     arguments = parser.parse_args(args)
 
@@ -105,6 +106,10 @@ def main(args=None):
         for icon in icons
         if not (arguments.output_dir / "runs" / variant.name / icon / "run.json").exists()
     ]
+    if arguments.processes == 0:
+        for one in tqdm(jobs, desc=arguments.panel):
+            job(*one)
+        return
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
         for future in tqdm([pool.submit(job, *one) for one in jobs], desc=arguments.panel):
             future.result()

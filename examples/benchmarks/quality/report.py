@@ -17,10 +17,10 @@ from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 
 
 def means(scores):
-    """Identity and text alignment of one point with their intervals over cells."""
+    """Each measure of one point with its interval over cells."""
     draw = np.random.default_rng(0)
     resampled = scores[draw.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(1)
-    return [(float(scores[:, k].mean()), interval(resampled[:, k])) for k in range(2)]
+    return [(float(scores[:, k].mean()), interval(resampled[:, k])) for k in range(scores.shape[-1])]
 
 
 def cell(value, ends):
@@ -28,40 +28,40 @@ def cell(value, ends):
     return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
 
 
+def settings(point):
+    """Steps and knob as two columns."""
+    return f"{point['steps'] or ''} | {'' if point['knob'] is None else point['knob']}"
+
+
 def points_table(fronts):
     """Every point of every front."""
     lines = [
-        "| | steps | β or scale | identity | text alignment | harmonic mean | bytes | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | steps | β or scale | identity | text alignment | asked for and found | harmonic mean | bytes | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for front in fronts.values():
         for point, scores in zip(front.points, front.scores, strict=True):
-            identity, text = means(scores)
+            identity, text, share = means(scores)
             harmonic = 2 / (1 / identity[0] + 1 / text[0])
-            knob = "" if point["knob"] is None else point["knob"]
             lines.append(
-                f"| {front.name} | {point['steps'] or ''} | {knob} | {cell(*identity)} | {cell(*text)} "
+                f"| {front.name} | {settings(point)} | {cell(*identity)} | {cell(*text)} | {cell(*share)} "
                 f"| {harmonic:.3f} | {front.bytes:,} | {front.seconds:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def advantage_table(fronts, name):
-    """By how much the front of `name` is above each point of the others."""
+    """By how much the identity of the front `name` is above each point of the others, at that point's text scores."""
     lines = [
-        f"| against | steps | scale | its text alignment | identity of {name} above it by |",
+        f"| {name} against | steps | β or scale | at its text alignment | at its share of asked for and found |",
         "|---|---|---|---|---|",
     ]
     for other in fronts.values():
         if other.name == name:
             continue
         for number, point in enumerate(other.points):
-            difference, ends = advantage(fronts[name], other, number)
-            knob = "" if point["knob"] is None else point["knob"]
-            lines.append(
-                f"| {other.name} | {point['steps'] or ''} | {knob} | {other.means[number, 1]:.3f} "
-                f"| {cell(difference, ends)} |"
-            )
+            by_text, by_share = (advantage(fronts[name], other, number, measure) for measure in (1, 2))
+            lines.append(f"| {other.name} | {settings(point)} | {cell(*by_text)} | {cell(*by_share)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -70,7 +70,7 @@ def plot(fronts):
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="text alignment (CLIP-T)", ylabel="identity")
     for front in fronts.values():
-        identity, text = front.means.T
+        identity, text, _ = front.means.T
         axes.plot(text, identity, marker="o", label=front.name)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -93,7 +93,7 @@ def main(args=None):
     icons = TEST if arguments.panel == "main" else TUNING
     fronts = score_all(arguments.output_dir, names, icons, clip, identity)
     report = points_table(fronts)
-    if ours := {"main": "perfusion", "ablations": RECIPE}.get(arguments.panel):
+    if (ours := {"main": "perfusion", "ablations": RECIPE}.get(arguments.panel)) in fronts:
         report += "\n" + advantage_table(
             {name: front.last() if name == ours else front for name, front in fronts.items()}, ours
         )

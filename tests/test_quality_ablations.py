@@ -1,0 +1,112 @@
+"""Perfusion with one thing changed, for as long as a `with` lasts."""
+
+import sys
+
+import ablations
+import pytest
+import torch
+
+from diffusers_perfusion import attention, state
+from diffusers_perfusion.training import FitConfig, fit, learner
+from diffusers_perfusion.training import data as training_data
+from diffusers_perfusion.training.learner import Learner
+
+PROMPT = "a photo of <my-cat>"
+
+
+@pytest.fixture
+def fitted(pipeline, fit_settings):
+    """Fit on the tiny pipeline for two steps at a rate at which they can be seen."""
+
+    def run(**settings):
+        settings = {"max_train_steps": 2, "value_learning_rate": 0.5, **settings}
+        return fit(pipeline, FitConfig(**fit_settings | settings))
+
+    return run
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """The subjects, timesteps and target inputs of all learners."""
+    found = {"subjects": [], "timesteps": [], "targets": []}
+    step, draw = Learner.step, Learner._draw
+
+    def stepping(self, index):
+        found["subjects"].append(self.subject)
+        loss = step(self, index)
+        found["timesteps"].append(self._draw(index)[2].float().mean())
+        found["targets"].append(self.concept.target_input.clone())
+        return loss
+
+    monkeypatch.setattr(Learner, "step", stepping)
+    yield found
+    assert Learner._draw is draw
+
+
+def keys_and_gate(pipeline, concept):
+    """Edited keys of the first layer and the gate, for a prompt with the concept."""
+    pipeline.load_perfusion(concept)
+    encodings = pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    known = attention.get_state(pipeline.unet)
+    known.prepare(encodings)
+    name, layer = next(iter(attention.cross_attention_layers(pipeline.unet).items()))
+    edited = attention._EditedAttention(layer, name, known.edit)
+    keys, gate = edited.to_k(encodings).detach(), known.edit.gate
+    pipeline.unload_perfusion()
+    return keys, gate
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_keys_learn_and_are_drawn_with(pipeline, fitted, rate):
+    """At a rate of nothing they stay the locked ones."""
+    before = attention._EditedAttention.to_k
+    with ablations.trained_keys():
+        concept = fitted(value_learning_rate=rate)
+        keys, _ = keys_and_gate(pipeline, concept)
+        assert attention._EditedAttention.to_k is not before
+    assert attention._EditedAttention.to_k is before
+    locked, _ = keys_and_gate(pipeline, concept)
+    difference = (keys - locked).abs().max()
+    assert difference > 1e-2 if rate else difference < 1e-5
+
+
+def test_the_edit_is_at_one_position(pipeline, make_concept):
+    concept = make_concept(repeats=3)
+    _, everywhere = keys_and_gate(pipeline, concept)
+    with ablations.word_only():
+        _, once = keys_and_gate(pipeline, concept)
+    assert (everywhere > 0).sum() > 1
+    assert (once > 0).sum() == 1 and once.max() == everywhere.max()
+    assert state.gates is ablations.editing.gates
+
+
+def test_the_target_input_stays_where_it_was(fitted, learned):
+    with ablations.ema(1.0)():
+        concept = fitted()
+    torch.testing.assert_close(learned["targets"][-1], concept.superclass_input)
+    assert not torch.allclose(fitted().target_input, concept.target_input)
+    assert learner.EMA_DECAY == 0.99
+
+
+def test_steps_are_noisier_or_cleaner(fitted, learned):
+    for change in (ablations.timesteps(0.5)(), ablations.timesteps(1.0)(), ablations.timesteps(2.0)()):
+        with change:
+            fitted(max_train_steps=1, train_batch_size=32)
+    noisier, even, cleaner = learned["timesteps"]
+    assert noisier > even > cleaner
+
+
+def test_masks_are_tight_or_see_the_background(monkeypatch, pipeline):
+    masks = torch.zeros(1, 1, 64, 64)
+    masks[..., 24:40, 24:40] = 1
+    latents = torch.zeros(1, 4, 32, 32)
+    monkeypatch.setattr(training_data, "encode_latents", lambda vae, images: latents)
+    arguments = (None, torch.zeros(1, 3, 64, 64), masks, False)
+    grown = training_data.make_subject(*arguments).masks
+    with ablations.tight_masks():
+        tight = training_data.make_subject(*arguments).masks
+    assert (grown.sum(), tight.sum()) == (12**2, 8**2)
+    with ablations.background(0.2)():
+        seen = sys.modules["diffusers_perfusion.training.fit"].make_subject(*arguments).masks
+    torch.testing.assert_close(seen, 0.2 + 0.8 * grown)
+    assert training_data.GROWTH == 1 / 16
