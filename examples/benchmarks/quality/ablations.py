@@ -2,7 +2,6 @@
 
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_perfusion import attention, editing
-from diffusers_perfusion.training.data import make_subject
 from diffusers_perfusion.training.learner import Learner
 
 
@@ -23,16 +21,6 @@ def first_pictures(source, folder, count):
         shutil.copy(source / f"{number}.png", target)
         shutil.copy(source / "masks" / f"{number}.png", target / "masks")
     return target
-
-
-def background(weight):
-    """The loss sees all of the background with this weight."""
-
-    def subject(*args):
-        made = make_subject(*args)
-        return replace(made, masks=weight + (1 - weight) * made.masks)
-
-    return partial(patch, "diffusers_perfusion.training.fit.make_subject", subject)
 
 
 def tight_masks():

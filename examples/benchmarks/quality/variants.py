@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ablations import (
-    background,
     ema,
     first_pictures,
     tight_masks,
@@ -221,16 +220,11 @@ PANELS = {
         Perfusion("no mask", {"mask": "none"}),
         Perfusion("attention masks", {"mask": "attention"}),
         Perfusion("training bias 0.5", {"train_bias": 0.5}),
-        Perfusion("training bias 0.9", {"train_bias": 0.9}),
         Perfusion("one picture", pictures=1),
         Perfusion("word only", patches=(word_only,)),
         Perfusion("global keys", locking="global", biases=(0.4, 0.6)),
         Perfusion("min-SNR 5", {"snr_gamma": 5.0}),
         Perfusion("EMA 1", patches=(ema(1.0),)),
-        Perfusion("no flip", {"random_flip": False}),
-        Perfusion("background 0.2", patches=(background(0.2),)),
-        Perfusion("cleaner timesteps", patches=(timesteps(2.0),)),
-        Perfusion("EMA 0.9", patches=(ema(0.9),)),
     ],
     "main": [
         Base(),
