@@ -10,6 +10,7 @@ from pathlib import Path
 
 import compare
 import file_sizes
+import plain_prompts
 import report
 import two_concepts
 from variants import PANELS
@@ -24,9 +25,10 @@ def main(args=None):
 
     folders = ["--output_dir", str(arguments.output_dir), "--report_dir", str(arguments.report_dir)]
     for panel in PANELS:
-        compare.main(["--panel", panel, *folders[:2]])
+        compare.main(["--panel", panel, "--seeds", "4" if panel == "main" else "2", *folders[:2]])
         report.main(["--panel", panel, *folders])
     two_concepts.main(folders)
+    plain_prompts.main(folders)
     file_sizes.main(folders[2:])
 
 
