@@ -55,6 +55,7 @@ def test_a_panel_is_fitted_drawn_and_reported_once(short, monkeypatch, tmp_path)
     monkeypatch.setattr(compare, "job", None)
     short()
 
+    monkeypatch.setattr(report, "SHEET", (("base model", "base", 0), ("LoRA", "lora", 0)))
     results = tmp_path / "results"
     report.main(["--output_dir", str(tmp_path), "--report_dir", str(results)])
     rows = json.loads((results / "main.json").read_text())["rows"]
@@ -67,8 +68,9 @@ def test_a_panel_is_fitted_drawn_and_reported_once(short, monkeypatch, tmp_path)
         assert float(columns[3].split()[0]) == pytest.approx(identity, abs=2e-3)
         assert float(columns[4].split()[0]) == pytest.approx(text, abs=2e-3)
         assert float(columns[5].split()[0]) == pytest.approx(share, abs=2e-3)
-    with Image.open(results / "main.png") as plot:
-        assert plot.width > 300
+    for name in ("main.png", "robot.png"):
+        with Image.open(results / name) as picture:
+            assert picture.width > 300
 
 
 # Two concepts

@@ -8,12 +8,23 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fronts import RESAMPLES, advantage, interval, score_all
+from fronts import RESAMPLES, advantage, interval, read_pictures, score_all
 from matplotlib.figure import Figure
-from subjects import POCKET, TEST, TUNING
+from subjects import POCKET, PROMPTS, TEST, TUNING, Subject
 from variants import PANELS, RECIPE
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
+from diffusers_perfusion.evaluation.sheets import draw_sheet
+
+# Rows of the sheets: what to call them, the variant, and the number of its point.
+SHEET = (
+    ("base model", "base", 0),
+    ("Perfusion, β 0.6", "perfusion", 2),
+    ("LoRA r4, scale 0.6", "lora4", 1),
+    ("LoRA r4, scale 1", "lora4", 3),
+    ("Textual Inversion", "textual inversion", 1),
+    ("Custom Diffusion", "custom diffusion", 2),
+)
 
 
 def means(scores):
@@ -77,6 +88,17 @@ def plot(fronts):
     return figure
 
 
+def sheet(output_dir, icon):
+    """What some points drew of a thing, beside its pictures: the first seed's."""
+    runs = output_dir / "runs"
+    rows = [("pictures", Subject(icon, output_dir / "subjects" / icon).pictures())]
+    for label, variant, point in SHEET:
+        run = json.loads((runs / variant / icon / "run.json").read_text())
+        drawn = read_pictures(runs / variant / icon / "pictures.png", run["seeds"])[point]
+        rows.append((label, [seeds[0] for seeds in drawn]))
+    return draw_sheet(rows, [prompt.format("…") for prompt in PROMPTS], side=96, label_width=150)
+
+
 def main(args=None):
     """Score and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,6 +124,9 @@ def main(args=None):
         arguments.report_dir.mkdir(parents=True, exist_ok=True)
         (arguments.report_dir / f"{arguments.panel}.md").write_text(report)
         plot(fronts).savefig(arguments.report_dir / f"{arguments.panel}.png", dpi=120)
+        if all(variant in fronts for _, variant, _ in SHEET):
+            for icon in icons:
+                sheet(arguments.output_dir, icon).save(arguments.report_dir / f"{icon}.png")
         rows = [
             {"variant": f.name, **p, "seconds": f.seconds, "bytes": f.bytes, "cells": s.round(4).tolist()}
             for f in fronts.values()
