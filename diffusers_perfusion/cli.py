@@ -276,7 +276,6 @@ def info(concept: str, **options: Any) -> None:
     rows: dict[str, Any] = {
         "placeholder_token": header.placeholder_token,
         "superclass": header.superclass,
-        "repeats": header.repeats,
         "base_model": header.base_model or "not recorded",
         "text encoder": f"width {header.width}",
         "layers": f"{len(header.layers)}, {sum(header.layers.values())} numbers",

@@ -32,7 +32,6 @@ MAX_TENSORS = 4096
 
 BIAS_BOUNDS = (0.0, 2.0)
 TEMPERATURE_BOUNDS = (0.01, 1.0)
-MAX_REPEATS = 16
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _VECTORS = ("word_embedding", "target_input", "inverse_target_input", "superclass_input")
@@ -47,13 +46,6 @@ def check_bias(bias: float) -> float:
 def check_temperature(temperature: float) -> float:
     """Return `temperature` as a float, or raise ValueError if it is no number in `TEMPERATURE_BOUNDS`."""
     return _check_number("temperature", temperature, TEMPERATURE_BOUNDS)
-
-
-def check_repeats(repeats: int) -> int:
-    """Return `repeats`, or raise ValueError if it is no whole number from 1 to `MAX_REPEATS`."""
-    if not isinstance(repeats, int) or isinstance(repeats, bool) or not 1 <= repeats <= MAX_REPEATS:
-        raise ValueError(f"repeats is {repeats!r}; expected a whole number from 1 to {MAX_REPEATS}")
-    return repeats
 
 
 def check_words(placeholder_token: str, superclass: str) -> None:
@@ -90,7 +82,6 @@ def _check_description(described: "PerfusionConcept | ConceptHeader") -> None:
     if low > high:
         raise ValueError(f"bias_range is ({low}, {high}); expected the lower bound first")
     described.bias_range = (low, high)
-    described.repeats = check_repeats(described.repeats)
     if not isinstance(described.training, dict):
         raise ValueError(f"training is a {type(described.training).__name__}; expected a dict")
 
@@ -100,8 +91,7 @@ class ConceptHeader:
     """What a concept file says of itself before any number in it is read: enough to list, describe and find it.
 
     Attributes:
-        placeholder_token, superclass, bias, temperature, bias_range, repeats, base_model, training: as in
-            `PerfusionConcept`.
+        placeholder_token, superclass, bias, temperature, bias_range, base_model, training: as in `PerfusionConcept`.
         width: of the text encoding it edits, `d`.
         layers: how many numbers each target output has, by its layer's module name.
         dtype: of the numbers.
@@ -115,7 +105,6 @@ class ConceptHeader:
     bias: float
     temperature: float
     bias_range: tuple[float, float]
-    repeats: int
     base_model: str
     training: dict[str, Any]
     width: int
@@ -183,8 +172,6 @@ class PerfusionConcept:
         bias: `β` to generate with unless another is set.
         temperature: `τ` to generate with unless another is set (the paper's 0.15).
         bias_range: the lowest and highest `β` worth trying.
-        repeats: how many tokens in a row the word becomes in a prompt. Attention shares what it has among the tokens,
-            most of them padding, and the more of them are the concept's, the more of its values arrive.
         base_model: id or name of the model it was fitted on.
         training: how it was fitted; plain JSON.
 
@@ -202,7 +189,6 @@ class PerfusionConcept:
     bias: float = 0.6
     temperature: float = 0.15
     bias_range: tuple[float, float] = (0.5, 1.1)
-    repeats: int = 1
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -409,7 +395,6 @@ def _parse_header(text: Any) -> dict[str, Any]:
         "bias": (int, float),
         "temperature": (int, float),
         "bias_range": list,
-        "repeats": int,
         "base_model": str,
         "training": dict,
         "width": int,

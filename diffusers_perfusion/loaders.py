@@ -144,7 +144,7 @@ class PerfusionLoaderMixin:
 
     def _add_concept(self, name: str, concept: PerfusionConcept) -> None:
         state = get_state(self.unet) or PerfusionState(ConceptWords(self.tokenizer, self.text_encoder))
-        state.words.add(concept.placeholder_token, concept.word_embedding, concept.superclass, concept.repeats)
+        state.words.add(concept.placeholder_token, concept.word_embedding, concept.superclass)
         if get_state(self.unet) is None:
             attach(self.unet, state)
         state.loaded[name] = LoadedConcept(concept, torch.tensor(concept.bias), torch.tensor(concept.temperature))

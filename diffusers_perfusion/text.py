@@ -76,20 +76,6 @@ def initial_word_embedding(tokenizer: Any, text_encoder: PreTrainedModel, superc
     return embedding_table(text_encoder)[superclass_ids(tokenizer, superclass)[-1]].detach().clone()
 
 
-def tokens_of(word: str, repeats: int) -> list[str]:
-    """The tokens that a concept word becomes in a prompt.
-
-    They are named as diffusers names those of a Textual Inversion with several vectors, so that a pipeline puts all of
-    them where the first is written (`TextualInversionLoaderMixin.maybe_convert_prompt`).
-    """
-    return [word, *(f"{word}_{number}" for number in range(1, repeats))]
-
-
-def _hides(word: str, repeats: int, other: str) -> bool:
-    """Whether a pipeline that writes out the tokens of `word` would break up or add `other`."""
-    return word in other and (repeats > 1 or other == f"{word}_1")
-
-
 class ConceptWords:
     """The concept words that one tokenizer and one text encoder know, besides those they were made with.
 
@@ -112,8 +98,8 @@ class ConceptWords:
         self.text_encoder = text_encoder
         self.on_encoding: Callable[[Tensor, tuple[str, ...], Tensor | None], None] | None = None
         self.twins = False
-        self._words: dict[str, tuple[Tensor, list[int], int]] = {}
-        self._ids: dict[int, str] = {}  # of all tokens of a word, its first one first
+        self._words: dict[str, tuple[Tensor, list[int]]] = {}
+        self._ids: dict[int, str] = {}
         self._handles: list[Any] = []
         # A tokenizer can learn a token but not forget one. Its whole state is therefore held twice, with the concept
         # words and without, and put in and out of the one object that everybody shares.
@@ -125,49 +111,33 @@ class ConceptWords:
         """Whether the words are in place."""
         return self._plain is not None
 
-    def check_new(self, word: str, repeats: int = 1) -> None:
-        """Raise ValueError if `word` cannot become a concept word of `repeats` tokens.
+    def check_new(self, word: str) -> None:
+        """Raise ValueError if `word` cannot become a concept word, because it is one already or is plain language."""
+        if word in self._words:
+            raise ValueError(
+                f"{word!r} is the word of a concept that is loaded already; give this one another with "
+                "placeholder_token="
+            )
+        if len(self.tokenizer.tokenize(word)) == 1:
+            raise ValueError(
+                f"{word!r} is already a word of the tokenizer, so it cannot stand for a concept; choose another with "
+                "placeholder_token=, such as '<my-cat>'"
+            )
 
-        That is if it cannot be told from another concept's word or is plain language.
-        """
-        for other, (_, _, count) in self._words.items():
-            if word == other:
-                raise ValueError(
-                    f"{word!r} is the word of a concept that is loaded already; give this one another with "
-                    "placeholder_token="
-                )
-            if _hides(word, repeats, other) or _hides(other, count, word):
-                raise ValueError(
-                    f"{word!r} and {other!r}, the word of a concept that is loaded already, cannot be told apart in a "
-                    "prompt, because one is part of the other; give this one another with placeholder_token="
-                )
-        for token in tokens_of(word, repeats + 1):  # a pipeline would take the one more for another repeat
-            if len(self.tokenizer.tokenize(token)) == 1:
-                raise ValueError(
-                    f"{token!r} is already a word of the tokenizer, so it cannot stand for a concept; choose another "
-                    "with placeholder_token=, such as '<my-cat>'"
-                )
-
-    def add(self, word: str, embedding: Tensor, superclass: str, repeats: int = 1) -> None:
-        """Teach a word.
-
-        Args:
-            word: as it is written in a prompt.
-            embedding: `v*`. It may be a parameter: gradients flow to it alone.
-            superclass: in plain words.
-            repeats: how many tokens in a row the word becomes, all with this embedding.
+    def add(self, word: str, embedding: Tensor, superclass: str) -> None:
+        """Teach a word. `embedding` may be a parameter: gradients flow to it alone.
 
         Raises:
             ValueError: if the word is taken, the super-category unknown, or the embedding of another width.
         """
-        self.check_new(word, repeats)
+        self.check_new(word)
         width = embedding_table(self.text_encoder).shape[1]
         if len(embedding) != width:
             raise ValueError(
                 f"the word embedding of {word!r} has {len(embedding)} numbers, but those of this text encoder "
                 f"({type(self.text_encoder).__name__}) have {width}; the concept was made for another text encoder"
             )
-        self._renew(self._words | {word: (embedding, superclass_ids(self.tokenizer, superclass), repeats)})
+        self._renew(self._words | {word: (embedding, superclass_ids(self.tokenizer, superclass))})
 
     def remove(self, word: str) -> None:
         """Forget a word."""
@@ -223,13 +193,10 @@ class ConceptWords:
 
     def positions(self, input_ids: Tensor, word: str) -> Tensor:
         """Where a word stands: the index of its first token in each row, `(batch,)`."""
-        return (input_ids == self._first_id(word)).int().argmax(-1)
+        token_id = next(i for i, known in self._ids.items() if known == word)
+        return (input_ids == token_id).int().argmax(-1)
 
-    def _first_id(self, word: str) -> int:
-        """The id of a word's first token."""
-        return next(i for i, known in self._ids.items() if known == word)
-
-    def _renew(self, words: dict[str, tuple[Tensor, list[int], int]]) -> None:
+    def _renew(self, words: dict[str, tuple[Tensor, list[int]]]) -> None:
         """Take other words in place of those so far, or if these cannot be taken away change nothing."""
         enabled = self.enabled
         self.disable()
@@ -241,13 +208,12 @@ class ConceptWords:
     def _extend(self) -> None:
         extended = copy.deepcopy(self.tokenizer)
         # Not normalized, or a tokenizer that lower-cases would never meet a word with capitals.
-        word_of = {token: word for word, entry in self._words.items() for token in tokens_of(word, entry[2])}
         tokens = [
-            AddedToken(token, normalized=False, single_word=word[0].isalnum() and word[-1].isalnum())
-            for token, word in word_of.items()
+            AddedToken(word, normalized=False, single_word=word[0].isalnum() and word[-1].isalnum())
+            for word in self._words
         ]
         extended.add_tokens(tokens)
-        self._ids = dict(zip(extended.convert_tokens_to_ids(list(word_of)), word_of.values(), strict=True))
+        self._ids = dict(zip(extended.convert_tokens_to_ids(list(self._words)), self._words, strict=True))
         self._added = set(extended.get_added_vocab())
         self._extended = extended.__dict__
 
@@ -266,28 +232,24 @@ class ConceptWords:
         ids = input_ids.tolist()
         twins = self._twin_encodings([ids[row] for row in rows]) if self.twins else [None] * len(rows)
         for row, twin in zip(rows, twins, strict=True):
-            words = tuple(dict.fromkeys(word for token_id, word in self._ids.items() if token_id in ids[row]))
+            words = tuple(word for token_id, word in self._ids.items() if token_id in ids[row])
             self.on_encoding(output[0][row], words, twin)
 
     def _twin_encodings(self, rows: list[list[int]]) -> Tensor:
         """Encodings of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
 
-        A super-category of several tokens makes the twin longer than the prompt, a word of several tokens shorter. The
-        encodings are gathered so that position `p` of the twin belongs to position `p` of the prompt, all of a concept
-        word to the super-category's last token, because attention takes a key and its value from the same position.
+        A super-category of several tokens makes the twin longer than the prompt. The encodings are gathered so that
+        position `p` of the twin belongs to position `p` of the prompt, a concept word to the super-category's last
+        token, because attention takes a key and its value from the same position.
         """
-        # Of a word's tokens the first becomes the super-category; the others share its place.
-        becomes: dict[int, list[int]] = {token_id: [] for token_id in self._ids}
-        becomes |= {self._first_id(word): ids for word, (_, ids, _) in self._words.items()}
         twins, gather = [], []
         for row in rows:
             twin: list[int] = []
             index = []
             for token_id in row:
-                twin += becomes.get(token_id, [token_id])
+                twin += self._words[self._ids[token_id]][1] if token_id in self._ids else [token_id]
                 index.append(min(len(twin), len(row)) - 1)
-            twin = twin[: len(row) - 1]
-            twins.append(twin + [row[-1]] * (len(row) - len(twin)))
+            twins.append([*twin[: len(row) - 1], row[-1]])
             gather.append(index)
         encodings = encode(self.text_encoder, torch.tensor(twins))
         return torch.stack(

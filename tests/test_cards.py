@@ -21,7 +21,6 @@ HEADER = ConceptHeader(
     bias=0.6,
     temperature=0.15,
     bias_range=(0.5, 1.1),
-    repeats=3,
     base_model="me/tiny",
     training={"steps": 150, "mask": "attention"},
     width=32,

@@ -279,7 +279,7 @@ def test_info_needs_no_model(concepts, capsys, monkeypatch):
     monkeypatch.setattr(cli, "PerfusionPipeline", None)
     path = Path(concepts[0])
     concept = PerfusionConcept.load(path)
-    concept.training, concept.repeats = {"steps": 42}, 4
+    concept.training = {"steps": 42}
     concept.save(path)
     for source in (path, path.parent):
         assert main(["info", str(source)]) == 0
@@ -287,7 +287,7 @@ def test_info_needs_no_model(concepts, capsys, monkeypatch):
         assert output.startswith(f"{path} ({path.stat().st_size:,} bytes)\n")
         rows = dict(line.split(maxsplit=1) for line in output.splitlines()[1:])
         assert (rows["placeholder_token"], rows["superclass"], rows["base_model"]) == ("<my-cat>", "cat", "tiny")
-        assert (rows["repeats"], rows["training.steps"]) == ("4", "42")
+        assert rows["training.steps"] == "42"
         assert rows["dtype"] == "float16"
         assert rows["bias"].startswith(f"{concept.bias} ")
         assert f"{len(concept.target_outputs)}, " in rows["layers"]

@@ -37,7 +37,6 @@ def random_concept(width=WIDTH, layers=None, **given):
             "bias": 0.65,
             "temperature": 0.2,
             "bias_range": (0.4, 0.9),
-            "repeats": 3,
             "base_model": "a/model",
             "training": {"steps": 400, "seeds": [1, 2], "mask": None, "name": "Ünïcode"},
             **given,
@@ -183,14 +182,6 @@ BAD_FIELDS = [
     ("bias_range", (0.5, float("nan"))),
     ("bias_range", (0.5,)),
     ("bias_range", (0.1, 0.2, 0.3)),
-    ("repeats", 0),
-    ("repeats", -1),
-    ("repeats", 17),
-    ("repeats", 10**30),
-    ("repeats", True),
-    ("repeats", 1.5),
-    ("repeats", 3.0),
-    ("repeats", "3"),
     ("training", []),
 ]
 BAD_TENSORS = [
@@ -413,9 +404,7 @@ def test_a_header_field_out_of_range_or_of_another_type_is_named(tmp_path, name,
     refuse(write(tmp_path / "cat", header={name: value}), match)
 
 
-@pytest.mark.parametrize(
-    "name", ["placeholder_token", "superclass", "bias", "temperature", "repeats", "base_model", "width"]
-)
+@pytest.mark.parametrize("name", ["placeholder_token", "superclass", "bias", "temperature", "base_model", "width"])
 def test_a_missing_header_field_is_noticed(tmp_path, name):
     refuse(write(tmp_path / "cat", header={name: None}), "the header describes")
 

@@ -69,7 +69,7 @@ def test_keys_learn_and_are_drawn_with(pipeline, fitted, rate):
 
 
 def test_the_edit_is_at_one_position(pipeline, make_concept):
-    concept = make_concept(repeats=3)
+    concept = make_concept()
     _, everywhere = keys_and_gate(pipeline, concept)
     with ablations.word_only():
         _, once = keys_and_gate(pipeline, concept)

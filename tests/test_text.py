@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import CLIPTextModel
 
 from diffusers_perfusion.text import (
@@ -18,7 +15,6 @@ from diffusers_perfusion.text import (
     superclass_ids,
     superclass_input,
     tokenize,
-    tokens_of,
 )
 
 PROMPTS = ["a cat on the beach", "A Dog, in <my-cat>'s picture!", "", "the <My-Cat> and <my-bear> <my-cat>"]
@@ -192,125 +188,6 @@ def test_saved_text_encoder_knows_nothing_of_the_words(words, tmp_path):
     assert loaded.config.vocab_size == words.text_encoder.config.vocab_size
 
 
-# Words of several tokens
-
-
-def encode_in_pipeline(words, *prompts):
-    """Encodings as a pipeline of diffusers makes them, which writes out all tokens of a word."""
-    return encode_prompts(words, *TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), words.tokenizer))
-
-
-@pytest.mark.parametrize("repeats", [1, 2, 3, 12])
-@pytest.mark.parametrize("word", ["<my-cat>", "<My-Cat>", "<мой-кот>", "sks", "Sks7", "ツ"])
-@pytest.mark.parametrize("prompt", ["a {} on the beach", "{}", "the {}, a good {}"])
-def test_a_word_of_several_tokens_is_encoded_by_one_embedding(words, report, word, repeats, prompt):
-    other = copy.deepcopy(words.text_encoder)
-    embedding_table(other)[content(words, "dog")[0]] = vector(0)
-    expected = encode(other, tokenize(words.tokenizer, [prompt.replace("{}", " ".join(["dog"] * repeats))]))
-    words.add(word, vector(0), "cat", repeats)
-    words.enable()
-    encodings = encode_in_pipeline(words, prompt.replace("{}", word))
-    assert torch.equal(encodings, expected)
-    ((reported, known, _),) = report
-    assert torch.equal(reported, encodings[0]) and known == (word,)
-
-
-def test_positions_are_those_of_the_first_token(words):
-    words.add("<my-cat>", vector(0), "cat", 3)
-    words.add("sks", vector(1), "dog", 2)
-    words.enable()
-    cat, dog = " ".join(tokens_of("<my-cat>", 3)), " ".join(tokens_of("sks", 2))
-    ids = tokenize(words.tokenizer, [f"a {cat} {dog}", f"{dog} on {cat} on {cat}"])
-    assert words.positions(ids, "<my-cat>").tolist() == [2, 4]
-    assert words.positions(ids, "sks").tolist() == [5, 1]
-
-
-def test_words_of_several_tokens_side_by_side_are_each_reported_once(words, report):
-    for seed, (word, repeats) in enumerate({"<my-cat>": 3, "<my-dog>": 1, "sks": 2}.items()):
-        words.add(word, vector(seed), "cat", repeats)
-    words.enable()
-    plain = ["a cat", "a dog on the beach"]
-    encodings = encode_in_pipeline(words, "sks and <my-cat>", plain[0], "<my-dog> <my-dog>, sks", plain[1])
-    assert [known for _, known, _ in report] == [("<my-cat>", "sks"), ("<my-dog>", "sks")]
-    words.disable()
-    torch.testing.assert_close(encodings[[1, 3]], encode_prompts(words, *plain), rtol=0, atol=0)
-
-
-def test_gradients_of_all_tokens_add_up_in_the_word_embedding(words):
-    gradients = []
-    for repeats, shared in ((1, False), (2, True)):
-        embedding = torch.nn.Parameter(vector(0))
-        words.add("<my-cat>", embedding, "cat", repeats)
-        if not shared:
-            second = torch.nn.Parameter(vector(0))
-            words.add("<my-dog>", second, "cat")
-        words.enable()
-        encode_prompts(words, "a <my-cat> <my-cat>_1" if shared else "a <my-cat> <my-dog>").square().sum().backward()
-        gradients.append(embedding.grad if shared else embedding.grad + second.grad)
-        for word in list(words._words):
-            words.remove(word)
-    torch.testing.assert_close(*gradients)
-
-
-def test_a_word_that_is_cut_off_at_the_end_of_a_prompt_is_still_known(words, report):
-    words.add("<my-cat>", vector(0), "teddy bear", 5)
-    words.twins = True
-    words.enable()
-    encodings = encode_in_pipeline(words, "beach " * 20 + "<my-cat>")
-    ((reported, known, twin),) = report
-    assert torch.equal(reported, encodings[0]) and known == ("<my-cat>",)
-    assert twin.shape == reported.shape
-
-
-CLASHES = [
-    ({"<c>": 2}, {"<c>_1": 1}),
-    ({"<c>": 3}, {"<c>_1": 4}),
-    ({"<c>": 1}, {"<c>_1": 1}),  # a pipeline would take it for the second token
-    ({"<c>": 2}, {"<c>_2": 1}),
-    ({"<c>": 2}, {"<c>_9": 1}),  # in whose middle a pipeline would write the second token
-    ({"sks": 2}, {"sks7": 1}),
-    ({"sks": 2}, {"<sks>": 2}),
-]
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("clash", CLASHES)
-@pytest.mark.parametrize("turned", [False, True])
-def test_words_that_a_pipeline_would_mix_up_are_refused(words, report, clash, turned, enabled):
-    ((first, count),), ((second, other_count),) = (one.items() for one in (reversed(clash) if turned else clash))
-    words.add(first, vector(0), "cat", count)
-    words.enable()
-    prompts = [f"a {first} on the beach", f"a {second}"]
-    before = encode_in_pipeline(words, *prompts)
-    if not enabled:
-        words.disable()
-    with pytest.raises(ValueError, match=f"'{second}' and '{first}', the word of a concept .*placeholder_token="):
-        words.add(second, vector(1), "dog", other_count)
-    words.enable()
-    assert torch.equal(encode_in_pipeline(words, *prompts), before)
-    words.remove(first)
-    words.add(second, vector(1), "dog", other_count)
-
-
-@pytest.mark.parametrize("words_of", [{"<c>": 1, "<c>_2": 3}, {"sks": 1, "sks7": 3}, {"<cat>": 3, "<cat-2>": 3}])
-def test_words_that_a_pipeline_can_tell_apart_are_not_refused(words, report, words_of):
-    for seed, (word, repeats) in enumerate(words_of.items()):
-        words.add(word, vector(seed), "cat", repeats)
-    words.enable()
-    first, second = words_of
-    encode_in_pipeline(words, f"a {first}", f"a {second}", f"a {first} and a {second}")
-    assert [set(known) for _, known, _ in report] == [{first}, {second}, {first, second}]
-
-
-@pytest.mark.parametrize("token", ["<my-cat>", "<my-cat>_1", "<my-cat>_2", "<my-cat>_3"])
-def test_tokens_of_an_inversion_are_refused_as_those_of_a_word(words, tokenizer, token):
-    tokenizer.add_tokens([token])
-    with pytest.raises(ValueError, match=f"'{token}' is already a word of the tokenizer"):
-        words.add("<my-cat>", vector(0), "cat", 3)
-    words.enable()
-    assert not words.enabled
-
-
 # Switching
 
 
@@ -325,18 +202,17 @@ def test_prompts_without_a_word_are_not_changed(words):
     assert torch.equal(encode_prompts(words, *plain, "a <my-cat>")[:3], encodings)
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_disable_restores_tokenizer_and_encoder_exactly(words, tokenizer, repeats):
+def test_disable_restores_tokenizer_and_encoder_exactly(words, tokenizer):
     ids, encodings = tokenize(tokenizer, PROMPTS), encode_prompts(words, *PROMPTS)
     vocabulary, size, state = tokenizer.get_vocab(), len(tokenizer), tokenizer.__dict__
     hooks = [hook_dicts(module) for module in words.text_encoder.modules()]
-    words.add("<my-cat>", vector(0), "cat", repeats)
-    words.add("<my-bear>", vector(1), "teddy bear", repeats)
+    words.add("<my-cat>", vector(0), "cat")
+    words.add("<my-bear>", vector(1), "teddy bear")
     for _ in range(2):
         words.enable()
         words.enable()
         assert words.enabled
-        assert len(tokenizer) == size + 2 * repeats
+        assert len(tokenizer) == size + 2
         assert not torch.equal(tokenize(tokenizer, PROMPTS), ids)
         assert not torch.equal(encode_prompts(words, *PROMPTS), encodings)
         words.disable()
@@ -539,45 +415,6 @@ def test_twin_of_a_prompt_with_several_words(words, report):
     twin = twin_of(words, report, "<my-bear> on a <my-cat>, <my-bear> in the beach")
     at = [0, 2, 3, 4, 5, 6, 8, 9, 10, 11]
     assert torch.equal(twin[: len(at)], plain[at])
-
-
-@settings(
-    deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    st.lists(
-        st.lists(st.sampled_from(["a", "cat", "beach", "<my-bear>", "<my-cat>"]), max_size=12).filter(
-            lambda prompt: any(part.startswith("<") for part in prompt)
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    st.tuples(st.sampled_from(["cat", "teddy bear", "Zebra"]), st.integers(1, 4)),
-    st.tuples(st.sampled_from(["dog", "teddy bear on the beach"]), st.integers(1, 4)),
-)
-def test_all_tokens_of_a_word_have_the_twin_of_the_last_token_of_its_super_category(words, report, prompts, bear, cat):
-    """And what comes after them has that of the same words after the super-category."""
-    known = {"<my-bear>": bear, "<my-cat>": cat}
-    plain = encode_prompts(words, *(" ".join(known.get(part, [part])[0] for part in prompt) for prompt in prompts))
-    lengths = {word: len(superclass_ids(words.tokenizer, superclass)) for word, (superclass, _) in known.items()}
-    for seed, (word, (superclass, repeats)) in enumerate(known.items()):
-        words.add(word, vector(seed), superclass, repeats)
-    words.twins = True
-    words.enable()
-    report.clear()
-    encode_in_pipeline(words, *map(" ".join, prompts))
-    for word in known:
-        words.remove(word)
-    assert len(report) == len(prompts)
-    for prompt, before, (_, _, twin) in zip(prompts, plain, report, strict=True):
-        at = [0]  # of the plain prompt, for each position of the other
-        end = 0
-        for part in prompt:
-            end += lengths.get(part, 1)
-            at += [end] * known.get(part, (part, 1))[1]
-        for position, other in enumerate(at):
-            if position < len(twin) - 1 and other < len(twin) - 1:
-                torch.testing.assert_close(twin[position], before[other], rtol=1e-4, atol=1e-5)
 
 
 def test_twins_of_a_batch_belong_to_their_rows(words, report):

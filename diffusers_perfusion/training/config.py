@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from diffusers.optimization import SchedulerType
 
-from ..concept import check_bias, check_repeats, check_temperature, check_words
+from ..concept import check_bias, check_temperature, check_words
 
 _CRITERIA = ("harmonic_mean", "identity", "text")
 
@@ -62,7 +62,6 @@ class FitConfig:
     instance_data_dir: str = _required("Folder with the pictures of the subject; about five.")
     placeholder_token: str = _required("Word that will call the concept in a prompt, such as '<my-cat>'.")
     superclass: str = _required("The super-category in plain words, such as 'cat' or 'teddy bear'.")
-    repeats: int = _option("How many tokens in a row the word becomes in a prompt; the paper's is 1.", 3)
     output_dir: str = _option("Folder for the concept file, checkpoints and validation pictures.", "perfusion-concept")
     revision: str | None = _option("Branch, tag or commit of the base model.")
     variant: str | None = _option("Variant of the base model's files, such as 'fp16'.")
@@ -167,7 +166,6 @@ class FitConfig:
         if self.lr_scheduler not in _SCHEDULES:
             raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}; expected one of {', '.join(_SCHEDULES)}")
         check_words(self.placeholder_token, self.superclass)
-        check_repeats(self.repeats)
         check_bias(self.train_bias)
         check_temperature(self.train_temperature)
         if self.select_by not in (None, *_CRITERIA):

@@ -75,7 +75,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
                 f"{type(pipeline).__name__} takes text of width {layer.cross_attention_dim}, but its text encoder has "
                 f"width {width}; expected a pipeline with one text encoder, such as StableDiffusionPipeline"
             )
-    ConceptWords(pipeline.tokenizer, pipeline.text_encoder).check_new(config.placeholder_token, config.repeats)
+    ConceptWords(pipeline.tokenizer, pipeline.text_encoder).check_new(config.placeholder_token)
     superclass_ids(pipeline.tokenizer, config.superclass)
     pictures = read_pictures(
         config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, smallest=factor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attention import cross_attention_layers, get_state
 from ..concept import PerfusionConcept
-from ..text import TEMPLATES, encode, initial_word_embedding, superclass_input, tokenize, tokens_of
+from ..text import TEMPLATES, encode, initial_word_embedding, superclass_input, tokenize
 from .config import FitConfig
 from .data import Subject
 from .loss import masked_loss, prediction_target, snr_weights
@@ -45,8 +45,7 @@ class Learner:
         self.concept = self._start()
         words = self._state.words
         self.prompt_ids = tokenize(
-            pipeline.tokenizer,
-            [template.format(" ".join(tokens_of(config.placeholder_token, config.repeats))) for template in TEMPLATES],
+            pipeline.tokenizer, [template.format(config.placeholder_token) for template in TEMPLATES]
         ).to(accelerator.device)
         self.word_at = words.positions(self.prompt_ids, config.placeholder_token)
 
@@ -93,7 +92,6 @@ class Learner:
             PerfusionConcept(
                 placeholder_token=config.placeholder_token,
                 superclass=config.superclass,
-                repeats=config.repeats,
                 word_embedding=nn.Parameter(embedding),
                 target_input=i_super.clone(),
                 inverse_target_input=self._inverse(i_super),

@@ -248,8 +248,6 @@ def test_a_fit_goes_on_only_under_its_own_recipe(run, monkeypatch, tmp_path):
         run(resume_from_checkpoint="latest", seed=1)
     with pytest.raises(ValueError, match=r"superclass 'cat', and this fit has 'dog'"):
         run(resume_from_checkpoint="checkpoint-2", superclass="dog")
-    with pytest.raises(ValueError, match=r"repeats 3, and this fit has 2"):
-        run(resume_from_checkpoint="latest", repeats=2)
 
 
 def test_a_fit_goes_on_only_with_its_own_processes_and_end(run, monkeypatch):
