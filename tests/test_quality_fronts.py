@@ -33,17 +33,24 @@ def test_beyond_its_ends_a_front_is_not_extended():
     assert fronts.identity_at(means, [0.1, 0.9]) == pytest.approx([0.5, 0.3])
 
 
+def test_a_point_that_is_worse_in_both_is_not_on_the_front():
+    means = np.array([[0.5, 0.6], [0.2, 0.65], [0.4, 0.7]])
+    assert fronts.identity_at(means, [0.6, 0.65, 0.7]) == pytest.approx([0.5, 0.4, 0.4])
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.1, 0.9), st.floats(0.1, 0.9)), min_size=1, max_size=5, unique_by=lambda m: m[1]),
     st.floats(-0.2, 0.2),
 )
-def test_a_front_is_above_itself_moved_down_by_that_much(means, down):
+def test_a_front_is_above_what_lies_under_it_by_that_much(means, down):
     moved = [(identity - down, text) for identity, text in means]
     for number in range(len(means)):
+        better = max(identity for identity, text in means if text >= means[number][1])
+        above = better - moved[number][0]
         difference, (low, high) = fronts.advantage(front(means), front(moved), number, resamples=5)
-        assert difference == pytest.approx(down, abs=1e-9)
-        assert low == pytest.approx(down, abs=1e-9) == high
+        assert difference == pytest.approx(above, abs=1e-9)
+        assert low == pytest.approx(above, abs=1e-9) == high
 
 
 def test_the_interval_of_an_advantage_is_over_pairs_of_cells():

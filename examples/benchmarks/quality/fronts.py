@@ -98,9 +98,13 @@ def score(folder, icons, clip, identity):
 
 
 def identity_at(means, text, measure=1):
-    """Identity where a front passes a text alignment, between its points on a line; beyond its ends, at the end."""
+    """Identity where a front passes a text alignment, between its points on a line; beyond its ends, at the end.
+
+    A point counts for no more than a better one of more text alignment: the front is what one would choose from.
+    """
     order = means[:, measure].argsort()
-    return np.interp(text, means[order, measure], means[order, 0])
+    best = np.maximum.accumulate(means[order[::-1], 0])[::-1]
+    return np.interp(text, means[order, measure], best)
 
 
 def interval(values):

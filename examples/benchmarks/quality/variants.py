@@ -226,6 +226,7 @@ PANELS = {
     "main": [
         Base(),
         Perfusion("perfusion", biases=BIASES),
+        Perfusion("perfusion, 50 steps", {"max_train_steps": 50}, biases=BIASES),
         Rival("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4}),
         Perfusion("trained keys", biases=BIASES, patches=(trained_keys,)),
         Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
