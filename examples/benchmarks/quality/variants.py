@@ -179,15 +179,14 @@ def grid(method, rates, masked=False, **options):
     return [Rival(f"{name}-{rate:g}", method, rate, STEPS, options=options, masked=masked) for rate in rates]
 
 
-def perfusion_grid(rates, schedule="constant_with_warmup"):
+def perfusion_grid(rates):
     """Perfusion at pairs of learning rates, of the target outputs and of the word embedding."""
     return [
         Perfusion(
-            f"perfusion-{schedule.split('_')[0]}-{value:g}-{embedding:g}",
+            f"perfusion-{value:g}-{embedding:g}",
             {
                 "value_learning_rate": value,
                 "embedding_learning_rate": embedding,
-                "lr_scheduler": schedule,
                 "max_train_steps": max(STEPS),
             },
             save_at=STEPS,
@@ -197,7 +196,7 @@ def perfusion_grid(rates, schedule="constant_with_warmup"):
 
 
 # What ablations are compared with: of the tuning panel, the defaults of a fit.
-RECIPE = "perfusion-constant-0.02-0.002"
+RECIPE = "perfusion-0.02-0.002"
 
 PANELS = {
     "tuning": [
@@ -208,8 +207,7 @@ PANELS = {
         *grid("textual_inversion", (1e-3, 3e-3, 1e-2)),
         *grid("lora", (3e-3,), rank=4),
         *grid("lora", (3e-4, 1e-3), rank=4, masked=True),
-        *perfusion_grid([(0.01, 0.0006), (0.02, 0.002), (0.03, 0.006)]),
-        *perfusion_grid([(0.02, 0.002)], "cosine"),
+        *perfusion_grid([(0.01, 0.0), (0.01, 0.0006), (0.01, 0.006), (0.02, 0.002), (0.03, 0.006)]),
     ],
     "ablations": [
         Perfusion("noisier timesteps", patches=(timesteps(0.5),)),
