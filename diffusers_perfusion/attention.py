@@ -74,17 +74,22 @@ class _EditedAttention:
         self.unused.discard("to_k")
         if self._edit.keys is not None:
             return self._attn.to_k(self._edit.keys.to(encodings.dtype), *args)
-        inputs = torch.cat([self._edit.target_input, self._edit.superclass_input])
-        w_i, o = _linear(self._attn.to_k, inputs.to(encodings.dtype)).chunk(2)
-        return edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, o)
+        w_i, w_super = self._project(self._attn.to_k, encodings.dtype)
+        return edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, w_super, w_super)
 
     def to_v(self, encodings: Tensor, *args: Any) -> Tensor:
         """Learned values `o*_V`."""
         self.unused.discard("to_v")
-        w_i = _linear(self._attn.to_v, self._edit.target_input.to(encodings.dtype))
+        w_i, w_super = self._project(self._attn.to_v, encodings.dtype)
         # Cast one by one: autocast on a CPU does not stack half precision, in which files are stored.
         o = torch.stack([concept.target_outputs[self._layer].to(encodings.dtype) for concept in self._edit.concepts])
-        return edit(self._attn.to_v(encodings, *args), self._edit.coef, self._edit.gate, w_i, o)
+        return edit(self._attn.to_v(encodings, *args), self._edit.coef, self._edit.gate, w_i, o, w_super)
+
+    def _project(self, projection: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`W i_j` and `W i_super` of all concepts, `(J, d_out)` each."""
+        inputs = torch.cat([self._edit.target_input, self._edit.superclass_input])
+        w_i, w_super = _linear(projection, inputs.to(dtype)).chunk(2)
+        return w_i, w_super
 
 
 def _linear(projection: nn.Module, inputs: Tensor) -> Tensor:

@@ -86,10 +86,13 @@ def gates(e: Tensor, i_star: Tensor, c_inv_i_star: Tensor, bias: Tensor, tempera
         return torch.linalg.solve(gram, similarity.unsqueeze(-1)).squeeze(-1), gate
 
 
-def edit(h: Tensor, coef: Tensor, gate: Tensor, w_i: Tensor, o: Tensor) -> Tensor:
-    """Eq. 4 on the output of one projection: `W e_⊥J + Σ_j gate_j o_j`.
+def edit(h: Tensor, coef: Tensor, gate: Tensor, w_i: Tensor, o: Tensor, w_super: Tensor) -> Tensor:
+    """Eq. 4 on the output of one projection, and what the gates leave out: `W e_⊥J + Σ_j gate_j o_j + rest_j W s_j`.
 
-    Positions where `coef` and `gate` are zero keep the very bits of `h`.
+    `rest_j = max(coef_j − gate_j, 0)` is how much of a concept was taken away and not put back. In Eq. 4 it is lost: a
+    higher bias makes the word fall silent, and a prompt is followed no better. Here it goes to the super-category
+    `s_j`, so that the bias leads from the subject to a plain one. Positions where `coef` and `gate` are zero keep the
+    very bits of `h`.
 
     Args:
         h: `W e`, `(..., d_out)`.
@@ -97,6 +100,8 @@ def edit(h: Tensor, coef: Tensor, gate: Tensor, w_i: Tensor, o: Tensor) -> Tenso
         gate: from `gates`, `(..., J)`.
         w_i: `W i_j` without the bias of the projection, `(J, d_out)`.
         o: target outputs `o_j`, `(J, d_out)`.
+        w_super: `W s_j` without the bias of the projection, `(J, d_out)`; zeros make it Eq. 4 itself.
     """
-    coef, gate = coef.to(h.dtype), gate.to(h.dtype)
-    return h - (coef @ w_i.to(h.dtype) - gate @ o.to(h.dtype))
+    rest = (coef - gate).clamp(min=0)
+    coef, gate, rest = coef.to(h.dtype), gate.to(h.dtype), rest.to(h.dtype)
+    return h - (coef @ w_i.to(h.dtype) - gate @ o.to(h.dtype) - rest @ w_super.to(h.dtype))

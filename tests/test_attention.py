@@ -87,17 +87,19 @@ def record(unet):
     return recorders
 
 
-def equation_4(e, weight, concepts, outputs):
-    """`W e_⊥J + Σ_j gate_j o_j` with dense matrices in float64, for encodings `(length, d)`."""
+def edited(e, weight, concepts, outputs):
+    """`W e_⊥J + Σ_j gate_j o_j + rest_j W s_j` with dense matrices in float64, for encodings `(length, d)`."""
     i = torch.stack([concept.target_input for concept in concepts]).double()
     c_inv_i = torch.stack([concept.inverse_target_input for concept in concepts]).double()
     e, weight, outputs = e.double(), weight.double(), torch.stack(list(outputs)).double()
-    onto = i.T @ torch.linalg.inv(c_inv_i @ i.T) @ c_inv_i
+    coordinates = torch.linalg.inv(c_inv_i @ i.T) @ c_inv_i
+    onto = i.T @ coordinates
     h = e @ (torch.eye(WIDTH).double() - onto).T @ weight.T
-    for concept, o in zip(concepts, outputs, strict=True):
+    for concept, o, coef in zip(concepts, outputs, coordinates @ e.T, strict=True):
         inverse = concept.inverse_target_input.double()
         sim = e @ inverse / (concept.target_input.double() @ inverse)
-        h = h + torch.sigmoid((sim - concept.bias) / concept.temperature)[:, None] * o
+        gate = torch.sigmoid((sim - concept.bias) / concept.temperature)
+        h = h + gate[:, None] * o + torch.relu(coef - gate)[:, None] * (weight @ concept.superclass_input.double())
     return h.float()
 
 
@@ -105,8 +107,8 @@ def check_keys_and_values(recorders, concepts, key_weights, value_weights, key_b
     """Compare what the recorders hold of `encodings()` with equation 4 under local locking."""
     for name, recorder in recorders.items():
         w_k, w_v = key_weights[name], value_weights[name]
-        key = equation_4(encodings()[1], w_k, concepts, [w_k @ concept.superclass_input for concept in concepts])
-        value = equation_4(encodings()[1], w_v, concepts, [concept.target_outputs[name] for concept in concepts])
+        key = edited(encodings()[1], w_k, concepts, [w_k @ concept.superclass_input for concept in concepts])
+        value = edited(encodings()[1], w_v, concepts, [concept.target_outputs[name] for concept in concepts])
         for got, wanted, weight, bias in (
             (recorder.key, key, w_k, key_bias),
             (recorder.value, value, w_v, value_bias),
@@ -144,7 +146,7 @@ def test_global_locking_takes_all_keys_from_the_twin(unet, state, load, names):
         assert torch.equal(recorders[name].key[1], layer.to_k(torch.stack([encodings()[0], encodings(5)[1]]))[1])
         assert torch.equal(recorders[name].key[0], layer.to_k(encodings())[0])
         outputs = [concept.target_outputs[name] for concept in concepts]
-        value = equation_4(encodings()[1], layer.to_v.weight, concepts, outputs)
+        value = edited(encodings()[1], layer.to_v.weight, concepts, outputs)
         torch.testing.assert_close(recorders[name].value[1], value, atol=2e-5, rtol=1e-4)
 
 
@@ -220,7 +222,7 @@ def test_half_precision_models_are_edited(unet, state, load, dtype):
 
 
 def test_a_concept_as_it_is_stored_is_edited_under_autocast(unet, state, load):
-    load("my-cat")
+    load("my-cat", bias=0.1)
     attach(unet, state)
     with torch.autocast("cpu", torch.bfloat16):
         edited = predict(unet)

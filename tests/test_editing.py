@@ -38,7 +38,8 @@ class Case:
 
     def edited(self, order=slice(None), scale=1.0):
         coef, gate = self.gates(order, scale)
-        return edit(self.e @ self.w.T, coef, gate, self.i[order] @ self.w.T, self.o[order])
+        none = torch.zeros_like(self.o[order])
+        return edit(self.e @ self.w.T, coef, gate, self.i[order] @ self.w.T, self.o[order], none)
 
 
 def cases(concepts):
@@ -92,6 +93,18 @@ def test_order_of_concepts_does_not_matter(case, random):
 def test_scale_of_c_does_not_matter_even_per_concept(case, scales):
     scale = torch.tensor(scales, dtype=torch.float64)[: len(case.i), None]
     torch.testing.assert_close(case.edited(scale=scale), case.edited())
+
+
+@examples
+@given(cases((1, 4)))
+def test_what_the_gates_leave_closed_goes_to_the_super_categories(case):
+    coef, gate = case.gates()
+    h, w_i, w_super = case.e @ case.w.T, case.i @ case.w.T, case.o.flip(-1)
+    moved = edit(h, coef, gate, w_i, case.o, w_super) - case.edited()
+    torch.testing.assert_close(moved, torch.relu(coef - gate) @ w_super)
+    # A target output that is the super-category's own makes the bias matter no more where it is below.
+    same = edit(h, coef, gate, w_i, w_super, w_super)
+    torch.testing.assert_close(same, h - coef @ w_i + torch.maximum(coef, gate) @ w_super)
 
 
 @examples
@@ -183,7 +196,7 @@ def test_positions_without_a_concept_keep_their_bits(dtype):
     h = (case.e @ case.w.T).to(dtype)
     coef, gate = case.gates()
     coef[1], gate[1] = 0, 0
-    edited = edit(h, coef, gate, case.i @ case.w.T, case.o)
+    edited = edit(h, coef, gate, case.i @ case.w.T, case.o, case.o)
     assert edited.dtype == dtype
     assert torch.equal(edited[1], h[1])
     assert not torch.isclose(edited[0], h[0]).all(-1).any()

@@ -56,6 +56,15 @@ def word_only():
     return patch("diffusers_perfusion.state.gates", gates)
 
 
+def equation_4():
+    """What the gates leave closed is lost, as in the paper, and does not go to the super-category."""
+
+    def edit(h, coef, gate, w_i, o, w_super):
+        return editing.edit(h, coef, gate, w_i, o, torch.zeros_like(w_super))
+
+    return patch("diffusers_perfusion.attention.edit", edit)
+
+
 @contextmanager
 def trained_keys():
     """The `o*_K` learn as the `o*_V` do, and what was learned last is drawn with."""
@@ -74,9 +83,9 @@ def trained_keys():
 
     def to_k(self, encodings, *args):
         self.unused.discard("to_k")
-        w_i = attention._linear(self._attn.to_k, self._edit.target_input.to(encodings.dtype))
+        w_i, w_super = self._project(self._attn.to_k, encodings.dtype)
         o = keys[self._layer][None].to(encodings.dtype)
-        return editing.edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, o)
+        return editing.edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, o, w_super)
 
     with (
         patch.object(attention._EditedAttention, "to_k", to_k),

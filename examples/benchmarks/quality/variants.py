@@ -8,6 +8,7 @@ from typing import Any
 
 from ablations import (
     ema,
+    equation_4,
     first_pictures,
     tight_masks,
     timesteps,
@@ -21,7 +22,7 @@ from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.training import FitConfig
 from diffusers_perfusion.training import fit as fit_perfusion
 
-BIASES = (0.4, 0.5, 0.6, 0.7, 0.9)
+BIASES = (0.5, 0.7, 0.9, 1.0, 1.1, 1.3)
 SCALES = (0.4, 0.6, 0.8, 1.0)
 
 
@@ -124,7 +125,7 @@ class Perfusion:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     save_at: tuple[int, ...] = ()
-    biases: tuple[float, ...] = (0.5, 0.7)
+    biases: tuple[float, ...] = (0.6, 0.9)
     locking: str = "local"
     pictures: int | None = None
     patches: tuple[Any, ...] = ()
@@ -217,14 +218,14 @@ PANELS = {
         Perfusion("training bias 0.5", {"train_bias": 0.5}),
         Perfusion("one picture", pictures=1),
         Perfusion("word only", patches=(word_only,)),
-        Perfusion("global keys", locking="global", biases=(0.4, 0.6)),
+        Perfusion("global keys", locking="global"),
         Perfusion("min-SNR 5", {"snr_gamma": 5.0}),
         Perfusion("EMA 1", patches=(ema(1.0),)),
     ],
     "main": [
         Base(),
         Perfusion("perfusion", biases=BIASES),
-        Perfusion("perfusion, 50 steps", {"max_train_steps": 50}, biases=BIASES),
+        Perfusion("equation 4", biases=(0.4, 0.5, 0.6, 0.7, 0.9), patches=(equation_4,)),
         Rival("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4}),
         Perfusion("trained keys", biases=BIASES, patches=(trained_keys,)),
         Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
