@@ -63,10 +63,6 @@ def test_the_interval_of_an_advantage_is_over_pairs_of_cells():
     assert fronts.advantage(front([(0.5, 0.7)], spread=0.1), noisy, 0)[1] == pytest.approx((0.1, 0.1))
 
 
-def test_the_best_point_has_the_highest_harmonic_mean():
-    assert front([(0.2, 0.8), (0.5, 0.7), (0.6, 0.3)]).best == 1
-
-
 class SeesNothing:
     """A CLIP to which all pictures and texts are the same."""
 

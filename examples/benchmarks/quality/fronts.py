@@ -44,11 +44,6 @@ class Front:
         """Scores of each point, `(points, 3)`."""
         return self.scores.mean(1)
 
-    @property
-    def best(self):
-        """Index of the point with the highest harmonic mean."""
-        return int((2 / (1 / self.means[:, :2].clip(1e-6)).sum(1)).argmax())
-
 
 def read_pictures(path, seeds):
     """The pictures of a run, `[point][prompt][seed]`."""
