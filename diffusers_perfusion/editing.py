@@ -7,8 +7,9 @@ Eq. 4 (Appendix B) edits the output `h = W e` of a frozen projection with `J` co
 where `sim(a, b) = aᵀ C⁻¹ b`, `‖i‖² = sim(i, i)` and `e_⊥J` is `e` less its projection, in that metric, on
 `span{i_1 … i_J}`. Eq. 3 is the case `J = 1`. The projection needs only a `J × J` solve, and of `C⁻¹` only the vectors
 `C⁻¹ i_j`; their scale cancels, so each concept may carry its own. Nothing here depends on the layer except `W i_j` and
-`o_j`, so `coef` and `gate` are computed once per text encoding and serve every layer and denoising step. `edit` adds one
-thing to Eq. 4: what the gates leave closed goes to the super-category.
+`o_j`, so `coef` and `gate` are computed once per text encoding and serve every layer and denoising step.
+
+`edit` adds one thing to Eq. 4: what the gates leave closed goes to the super-category.
 """
 
 import torch
