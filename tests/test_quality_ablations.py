@@ -78,6 +78,16 @@ def test_the_edit_is_at_one_position(pipeline, make_concept):
     assert state.gates is ablations.editing.gates
 
 
+def test_by_equation_4_what_the_gates_leave_closed_is_lost(pipeline, make_concept):
+    concept = make_concept(bias=2.0)  # at which the gate is shut
+    given, _ = keys_and_gate(pipeline, concept)
+    with ablations.equation_4():
+        lost, _ = keys_and_gate(pipeline, concept)
+    again, _ = keys_and_gate(pipeline, concept)
+    assert (given - lost).abs().max() > 1e-2
+    assert torch.equal(given, again)
+
+
 def test_the_target_input_stays_where_it_was(fitted, learned):
     with ablations.ema(1.0)():
         concept = fitted()
