@@ -123,7 +123,8 @@ def main(args=None):
     if arguments.report_dir:
         arguments.report_dir.mkdir(parents=True, exist_ok=True)
         (arguments.report_dir / f"{arguments.panel}.md").write_text(report)
-        plot(fronts).savefig(arguments.report_dir / f"{arguments.panel}.png", dpi=120)
+        if arguments.panel == "main":  # the others have more lines than a plot can show
+            plot(fronts).savefig(arguments.report_dir / "main.png", dpi=120)
         if all(variant in fronts for _, variant, _ in SHEET):
             for icon in icons:
                 sheet(arguments.output_dir, icon).save(arguments.report_dir / f"{icon}.png")
