@@ -174,6 +174,8 @@ def push_concept(
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         entries = sorted([entry, *_other_entries(info, weight_name, token)], key=lambda entry: entry.weight_name)
         license = license or getattr(info.card_data, "license", None)
+        if sweep and len(entries) > 1:
+            logger.warning(f"The card of {repo_id} is of {len(entries)} concepts, so it does not show the sweep.")
         card = make_card(repo_id, entries, license, sweep if len(entries) == 1 else ())
         files = {weight_name: content, "README.md": str(card).encode()} | pictures
         stale = [

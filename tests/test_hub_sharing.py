@@ -142,7 +142,10 @@ def test_a_collection_has_one_card(hub, pipeline, make_concept, caplog):
             "images/dog/9.png": b"stale",
         }
     )
-    dog.push_to_hub("me/pets", weight_name="dog.safetensors", samples=[("a <my-dog>", picture())], token=TOKEN)
+    dog.push_to_hub(
+        "me/pets", weight_name="dog.safetensors", samples=[("a <my-dog>", picture())], sweep=[{"bias": 0.5}], token=TOKEN
+    )
+    assert "The card of me/pets is of 3 concepts, so it does not show the sweep" in caplog.text
     assert "images/dog/9.png" not in files(hub, "me/pets")
     text = card(hub, "me/pets")
     assert "# 3 concepts" in text
