@@ -143,7 +143,11 @@ def test_a_collection_has_one_card(hub, pipeline, make_concept, caplog):
         }
     )
     dog.push_to_hub(
-        "me/pets", weight_name="dog.safetensors", samples=[("a <my-dog>", picture())], sweep=[{"bias": 0.5}], token=TOKEN
+        "me/pets",
+        weight_name="dog.safetensors",
+        samples=[("a <my-dog>", picture())],
+        sweep=[{"bias": 0.5}],
+        token=TOKEN,
     )
     assert "The card of me/pets is of 3 concepts, so it does not show the sweep" in caplog.text
     assert "images/dog/9.png" not in files(hub, "me/pets")

@@ -2,17 +2,21 @@
 
 import json
 import random
+from functools import partial
 
 import compare
+import file_sizes
 import numpy as np
+import plain_prompts
 import pytest
 import report
+import run
 import subjects
 import torch
 import two_concepts
 from icons import BASE_RENDITIONS, CONCEPT_RENDITION, load_sprites
 from PIL import Image
-from variants import Base, Rival
+from variants import Base, Perfusion, Rival
 from world import Thing
 
 from diffusers_perfusion.evaluation import IdentityEncoder
@@ -33,8 +37,7 @@ def test_the_pictures_of_a_thing_are_the_same_each_time(tmp_path):
 @pytest.fixture
 def short(monkeypatch, tmp_path):
     """Run a panel of one thing, the base and a LoRA of one step."""
-    for module in (compare, report):
-        monkeypatch.setattr(module, "TEST", ("robot",))
+    monkeypatch.setitem(compare.ICONS, "main", ("robot",))
     monkeypatch.setitem(compare.PANELS, "main", [Base(), Rival("lora", "lora", 1e-3, (1,), options={"rank": 2})])
 
     def run():
@@ -46,9 +49,9 @@ def short(monkeypatch, tmp_path):
 
 def test_a_panel_is_fitted_drawn_and_reported_once(short, monkeypatch, tmp_path):
     for name, folder in short().items():
-        run = json.loads((folder / "run.json").read_text())
-        assert run["points"] == [{"steps": int(name == "lora"), "knob": None}]
-        assert (run["seeds"], run["bytes"] > 0) == (1, name == "lora")
+        facts = json.loads((folder / "run.json").read_text())
+        assert facts["points"] == [{"steps": int(name == "lora"), "knob": None}]
+        assert (facts["seeds"], facts["bytes"] > 0) == (1, name == "lora")
         with Image.open(folder / "pictures.png") as picture:
             assert picture.size == (64 * len(subjects.PROMPTS), 64)
             assert np.asarray(picture).std() > 1
@@ -73,7 +76,62 @@ def test_a_panel_is_fitted_drawn_and_reported_once(short, monkeypatch, tmp_path)
             assert picture.width > 300
 
 
+@pytest.fixture
+def fitted(tmp_path, monkeypatch, fresh_accelerate):
+    """A folder with runs of the base and of Perfusion, one step each, on two things."""
+    monkeypatch.setitem(compare.ICONS, "main", ("robot", "penguin"))
+    perfusion = Perfusion("perfusion", {"max_train_steps": 1}, biases=(0.7,))
+    monkeypatch.setitem(compare.PANELS, "main", [Base(), perfusion])
+    compare.main(f"--seeds 1 --num_inference_steps 1 --processes 0 --output_dir {tmp_path}".split())
+    return tmp_path
+
+
+def test_plain_prompts_are_drawn_before_and_while_a_concept_is_loaded(fitted, monkeypatch, tmp_path):
+    monkeypatch.setattr(plain_prompts, "TEST", ("robot",))
+    monkeypatch.setattr(plain_prompts, "PROMPTS", ("a {} in space",))
+    arguments = ["--output_dir", str(fitted), "--report_dir", str(tmp_path)]
+    plain_prompts.main(arguments)
+    assert json.loads((tmp_path / "plain_prompts.json").read_text()) == {"robot": 0.0}
+
+    monkeypatch.setattr(plain_prompts, "PROMPTS", ("a <my-robot> in space",))
+    plain_prompts.main(arguments)
+    assert json.loads((tmp_path / "plain_prompts.json").read_text())["robot"] > 0.01
+
+
+def test_sizes_are_of_what_each_method_stores(tmp_path):
+    file_sizes.main(["--report_dir", str(tmp_path)])
+    for sizes in json.loads((tmp_path / "file_sizes.json").read_text()).values():
+        assert sizes["concept"] < sizes["LoRA of rank 4"] < sizes["LoRA of rank 16"]
+        assert sizes["LoRA of rank 16"] / sizes["LoRA of rank 4"] == pytest.approx(4, rel=0.1)
+
+
+def test_every_part_is_run(monkeypatch, tmp_path):
+    parts = (compare, report, two_concepts, plain_prompts, file_sizes)
+    calls = []
+    for part in parts:
+        monkeypatch.setattr(part, "main", lambda args, name=part.__name__: calls.append((name, args)))
+    run.main(["--output_dir", "drawn", "--report_dir", str(tmp_path)])
+    assert {name for name, _ in calls} == {part.__name__ for part in parts}
+    assert [args[1] for name, args in calls if name == "report"] == list(compare.PANELS)
+    assert all(str(tmp_path) in args for name, args in calls if name != "compare")
+
+
 # Two concepts
+
+
+def test_what_two_things_were_drawn_as_is_counted(fitted, monkeypatch, tmp_path):
+    monkeypatch.setattr(two_concepts, "TEST", ("robot", "penguin"))
+    monkeypatch.setattr(two_concepts, "PROMPTS", two_concepts.PROMPTS[:2])
+    monkeypatch.setattr(two_concepts, "Finder", partial(two_concepts.Finder, views=10))
+    monkeypatch.setattr(two_concepts, "ENTRIES", two_concepts.ENTRIES[:2])
+    two_concepts.main(["--seeds", "1", "--output_dir", str(fitted), "--report_dir", str(tmp_path)])
+    counted = json.loads((tmp_path / "two_concepts.json").read_text())
+    assert list(counted)[2:] == ["base model, two nouns", "Perfusion, β 0.7"]
+    for shares in counted.values():
+        assert list(shares) == list(two_concepts.MEASURES)
+        assert all(0 <= share["low"] <= share["mean"] <= share["high"] <= 1 for share in shares.values())
+    with Image.open(tmp_path / "two_concepts.png") as picture:
+        assert picture.height == 64 * len(counted)
 
 
 def test_halves_are_left_and_right_of_each_other():

@@ -3,6 +3,7 @@
 import shutil
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_perfusion import attention, editing
+from diffusers_perfusion.covariance import read_captions
+from diffusers_perfusion.text import encode, tokenize
 from diffusers_perfusion.training.learner import Learner
 
 
@@ -43,6 +46,18 @@ def timesteps(power):
         return pictures, prompts, ((even / last) ** power * last).long(), noise
 
     return partial(patch.object, Learner, "_draw", drawn)
+
+
+def padding_in_covariance():
+    """Padding enters `C` too."""
+
+    def covariance(pipeline, config):
+        ids = tokenize(pipeline.tokenizer, read_captions(Path(config.pretrained_model_name_or_path) / "captions.txt"))
+        with torch.no_grad():
+            e = torch.cat([encode(pipeline.text_encoder, part) for part in ids.split(250)]).flatten(0, 1).double()
+        return e.T @ e / len(e)
+
+    return patch("diffusers_perfusion.training.fit._covariance", covariance)
 
 
 def word_only():

@@ -42,6 +42,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 KV_FILE = "pytorch_custom_diffusion_weights.bin"
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}  # of all three scripts
+PROJECTIONS = ["to_k", "to_q", "to_v", "to_out.0"]
 MAX_NORM = 1.0  # of the gradients, in the scripts of LoRA and Custom Diffusion
 WARMUP = 5
 SNR_GAMMA = 0.0
@@ -174,8 +175,11 @@ def load_textual_inversion(pipeline, *folders):
     pipeline.load_textual_inversion([str(folder) for folder in folders])
 
 
-def lora(pipeline, subject, word, superclass, *, rank, phrase=None, seed=0, **how):
-    """Learn low-rank changes of all projections of all attention layers of the UNet; `how` is of `train`."""
+def lora(pipeline, subject, word, superclass, *, rank, changes=PROJECTIONS, phrase=None, seed=0, **how):
+    """Learn low-rank changes of projections of the UNet, by default all of all attention layers.
+
+    `changes` says which, as peft's `target_modules`; `how` is of `train`.
+    """
     freeze(pipeline)
     unet = pipeline.unet
     with torch.random.fork_rng(devices=[]):
@@ -185,7 +189,7 @@ def lora(pipeline, subject, word, superclass, *, rank, phrase=None, seed=0, **ho
                 r=rank,
                 lora_alpha=rank,
                 init_lora_weights="gaussian",
-                target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+                target_modules=changes,
             )
         )
 

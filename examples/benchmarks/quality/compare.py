@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from subjects import POCKET, PROMPTS, TEST, TUNING, draw_subject
+from subjects import POCKET, PROMPTS, draw_subject
 from tqdm import tqdm
-from variants import PANELS
+from variants import ICONS, PANELS
 
 from diffusers_perfusion.concept import write_atomically
 
@@ -99,11 +99,10 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     variants = [v for v in PANELS[arguments.panel] if arguments.only is None or v.name in arguments.only]
-    icons = TEST if arguments.panel == "main" else TUNING
     jobs = [
         (variant.name, icon, arguments)
         for variant in variants
-        for icon in icons
+        for icon in ICONS[arguments.panel]
         if not (arguments.output_dir / "runs" / variant.name / icon / "run.json").exists()
     ]
     if arguments.processes == 0:

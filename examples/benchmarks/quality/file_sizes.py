@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from baselines import PROJECTIONS
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
@@ -37,7 +38,7 @@ def concept_bytes(unet, width):
 
 def lora_bytes(unet, rank):
     """Of a LoRA on all projections of all attention layers, as `baselines.lora` saves it."""
-    unet.add_adapter(LoraConfig(r=rank, target_modules=["to_k", "to_q", "to_v", "to_out.0"]), "sized")
+    unet.add_adapter(LoraConfig(r=rank, target_modules=PROJECTIONS), "sized")
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name="sized"))
     unet.delete_adapters("sized")
     return len(save({f"unet.{name}": torch.zeros(t.shape, dtype=torch.float16) for name, t in layers.items()}))

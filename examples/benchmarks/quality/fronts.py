@@ -1,7 +1,7 @@
 """From pictures to fronts: scores of every point of every variant, with intervals, and comparisons of two."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,6 @@ class Front:
     scores: np.ndarray
     seconds: float
     bytes: int
-
-    def last(self):
-        """The points after the last step only."""
-        steps = [point["steps"] for point in self.points]
-        kept = [number for number, step in enumerate(steps) if step == max(steps)]
-        return replace(self, points=[self.points[number] for number in kept], scores=self.scores[kept])
 
     @property
     def means(self):

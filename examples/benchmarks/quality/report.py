@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from fronts import RESAMPLES, advantage, interval, read_pictures, score_all
 from matplotlib.figure import Figure
-from subjects import POCKET, PROMPTS, TEST, TUNING, Subject
-from variants import PANELS, RECIPE
+from subjects import POCKET, PROMPTS, Subject
+from variants import ICONS, PANELS
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 from diffusers_perfusion.evaluation.sheets import draw_sheet
@@ -111,14 +111,11 @@ def main(args=None):
 
     clip, identity = ClipEncoder.from_pretrained(arguments.clip), IdentityEncoder.from_pretrained(arguments.identity)
     names = [variant.name for variant in PANELS[arguments.panel]]
-    names = [RECIPE, *names] if arguments.panel == "ablations" else names
-    icons = TEST if arguments.panel == "main" else TUNING
+    icons = ICONS[arguments.panel]
     fronts = score_all(arguments.output_dir, names, icons, clip, identity)
     report = points_table(fronts)
-    if (ours := {"main": "perfusion", "ablations": RECIPE}.get(arguments.panel)) in fronts:
-        report += "\n" + advantage_table(
-            {name: front.last() if name == ours else front for name, front in fronts.items()}, ours
-        )
+    if "perfusion" in fronts:
+        report += "\n" + advantage_table(fronts, "perfusion")
     print(report)
     if arguments.report_dir:
         arguments.report_dir.mkdir(parents=True, exist_ok=True)

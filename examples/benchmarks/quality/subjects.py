@@ -14,8 +14,9 @@ sys.path += [str(POCKET / "recipe"), str(EXAMPLES / "data")]
 from draw import city, meadow, picture, plain, room, snow  # noqa: E402
 from icons import CONCEPT_RENDITION, NOUNS, WORN, load_sprites  # noqa: E402
 
-# Settings are chosen on the first, figures come from the second.
+# Settings are chosen on the first, one is changed at a time on the second, figures come from the third.
 TUNING = ("duck", "teapot")
+ABLATED = (*TUNING, "fox", "alarm-clock")
 TEST = ("teddy-bear", "robot", "chair", "hot-beverage", "backpack", "penguin")
 
 PROMPTS = (

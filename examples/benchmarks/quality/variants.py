@@ -2,7 +2,7 @@
 
 import shutil
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ from ablations import (
     ema,
     equation_4,
     first_pictures,
+    padding_in_covariance,
     tight_masks,
     timesteps,
     trained_keys,
     word_only,
 )
 from baselines import METHODS, bytes_of, read_subject
+from subjects import ABLATED, TEST, TUNING
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_perfusion import add_perfusion
@@ -196,8 +198,22 @@ def perfusion_grid(rates):
     ]
 
 
-# What ablations are compared with: of the tuning panel, the defaults of a fit.
-RECIPE = "perfusion-0.02-0.002"
+PERFUSION = Perfusion("perfusion", biases=BIASES)
+LORA = Rival("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4})
+
+
+def changed(name, *patches, locking="local", pictures=None, **settings):
+    """Perfusion with something changed, at some biases."""
+    return Perfusion(name, settings, biases=(0.7, 0.9, 1.1), locking=locking, pictures=pictures, patches=patches)
+
+
+def lora_on(name, rate, changes):
+    """The LoRA of rank 4 on some projections only."""
+    return replace(LORA, name=name, rate=rate, options={"rank": 4, "changes": changes})
+
+
+# The things of each panel.
+ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST}
 
 PANELS = {
     "tuning": [
@@ -211,22 +227,31 @@ PANELS = {
         *perfusion_grid([(0.01, 0.0), (0.01, 0.0006), (0.01, 0.006), (0.02, 0.002), (0.03, 0.006)]),
     ],
     "ablations": [
-        Perfusion("noisier timesteps", patches=(timesteps(0.5),)),
-        Perfusion("tight masks", patches=(tight_masks,)),
-        Perfusion("no mask", {"mask": "none"}),
-        Perfusion("attention masks", {"mask": "attention"}),
-        Perfusion("training bias 0.5", {"train_bias": 0.5}),
-        Perfusion("one picture", pictures=1),
-        Perfusion("word only", patches=(word_only,)),
-        Perfusion("global keys", locking="global"),
-        Perfusion("min-SNR 5", {"snr_gamma": 5.0}),
-        Perfusion("EMA 1", patches=(ema(1.0),)),
+        PERFUSION,
+        changed("trained keys", trained_keys),
+        changed("global keys", locking="global"),
+        changed("equation 4", equation_4),
+        changed("word only", word_only),
+        changed("no mask", mask="none"),
+        changed("attention masks", mask="attention"),
+        changed("tight masks", tight_masks),
+        changed("training bias 0.5", train_bias=0.5),
+        changed("noisier timesteps", timesteps(0.5)),
+        changed("min-SNR 5", snr_gamma=5.0),
+        changed("EMA 1", ema(1.0)),
+        changed("fixed word", embedding_learning_rate=0.0),
+        changed("padding in C", padding_in_covariance),
+        changed("one picture", pictures=1),
+        LORA,
+        lora_on("lora4, keys and values from text", 3e-3, r".*attn2\.to_[kv]"),
+        lora_on("lora4, cross-attention", 2e-3, r".*attn2\.(to_k|to_q|to_v|to_out\.0)"),
+        lora_on("lora4, self-attention", 1e-3, r".*attn1\.(to_k|to_q|to_v|to_out\.0)"),
     ],
     "main": [
         Base(),
-        Perfusion("perfusion", biases=BIASES),
+        PERFUSION,
         Perfusion("equation 4", biases=(0.4, 0.5, 0.6, 0.7, 0.9), patches=(equation_4,)),
-        Rival("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4}),
+        LORA,
         Perfusion("trained keys", biases=BIASES, patches=(trained_keys,)),
         Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
         Rival("custom diffusion", "custom_diffusion", 3e-4, (50, 150, 250)),
