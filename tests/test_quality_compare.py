@@ -4,6 +4,7 @@ import json
 import random
 from functools import partial
 
+import ceiling
 import compare
 import file_sizes
 import numpy as np
@@ -98,6 +99,20 @@ def test_plain_prompts_are_drawn_before_and_while_a_concept_is_loaded(fitted, mo
     assert json.loads((tmp_path / "plain_prompts.json").read_text())["robot"] > 0.01
 
 
+def test_a_picture_is_as_near_as_the_nearest_of_some_sets(monkeypatch):
+    near = {"a": torch.tensor([0.2, 0.6]), "b": torch.tensor([0.5, 0.1])}
+    monkeypatch.setattr(ceiling, "picture_similarity", lambda encoder, pictures, references: near[references])
+    torch.testing.assert_close(ceiling.nearest(None, None, ["a", "b"]), torch.tensor([0.5, 0.6]))
+
+
+def test_the_base_is_scored_beside_true_pictures(fitted, monkeypatch, tmp_path):
+    monkeypatch.setattr(ceiling, "TEST", ("robot", "penguin"))
+    ceiling.main(["--output_dir", str(fitted), "--report_dir", str(tmp_path)])
+    scores = json.loads((tmp_path / "ceiling.json").read_text())
+    drawn_in_one_step, true = (scores[kind] for kind in ceiling.KINDS)
+    assert drawn_in_one_step["high"] < true["low"] < true["mean"] < 1
+
+
 def test_sizes_are_of_what_each_method_stores(tmp_path):
     file_sizes.main(["--report_dir", str(tmp_path)])
     for sizes in json.loads((tmp_path / "file_sizes.json").read_text()).values():
@@ -106,7 +121,7 @@ def test_sizes_are_of_what_each_method_stores(tmp_path):
 
 
 def test_every_part_is_run(monkeypatch, tmp_path):
-    parts = (compare, report, two_concepts, plain_prompts, file_sizes)
+    parts = (compare, report, two_concepts, plain_prompts, ceiling, file_sizes)
     calls = []
     for part in parts:
         monkeypatch.setattr(part, "main", lambda args, name=part.__name__: calls.append((name, args)))

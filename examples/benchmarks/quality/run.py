@@ -8,6 +8,7 @@ Takes about two hours on two cores; one that was stopped goes on where it was.
 import argparse
 from pathlib import Path
 
+import ceiling
 import compare
 import file_sizes
 import plain_prompts
@@ -29,6 +30,7 @@ def main(args=None):
         report.main(["--panel", panel, *folders])
     two_concepts.main(folders)
     plain_prompts.main(folders)
+    ceiling.main(folders)
     file_sizes.main(folders[2:])
 
 
