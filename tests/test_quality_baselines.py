@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from variants import PANELS
 
 from diffusers_perfusion.attention import cross_attention_layers
 
@@ -97,6 +98,18 @@ def test_only_what_the_method_adds_learns(name, bf16, fit, fresh):
             layer, which = key.split(".processor.")
             original = before[f"{layer}.{which.replace('_custom_diffusion', '')}"]
             assert value.shape == original.shape and not torch.equal(value, original)
+
+
+def test_a_lora_learns_where_it_is_told_to(fit, fresh):
+    (changes,) = (
+        variant.options["changes"]
+        for variant in PANELS["ablations"]
+        if variant.name.endswith("keys and values from text")
+    )
+    pipeline = fresh()
+    fit("lora", pipeline, changes=changes)
+    changed = {name.split(".lora_")[0] for name in pipeline.unet.state_dict() if ".lora_" in name}
+    assert changed == {f"{layer}.{to}" for layer in cross_attention_layers(pipeline.unet) for to in ("to_k", "to_v")}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
