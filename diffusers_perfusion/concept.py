@@ -186,9 +186,9 @@ class PerfusionConcept:
     inverse_target_input: Tensor
     superclass_input: Tensor
     target_outputs: dict[str, Tensor]
-    bias: float = 0.8
+    bias: float = 1.2
     temperature: float = 0.15
-    bias_range: tuple[float, float] = (0.5, 1.3)
+    bias_range: tuple[float, float] = (0.7, 1.6)
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 

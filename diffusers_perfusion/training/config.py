@@ -80,8 +80,8 @@ class FitConfig:
     )
     train_bias: float = _option("Bias of the gate while fitting.", 0.75)
     train_temperature: float = _option("Temperature of the gate while fitting.", 0.1)
-    embedding_learning_rate: float = _option("Learning rate of the word embedding; the paper's is 0.006.", 0.002)
-    value_learning_rate: float = _option("Learning rate of the target outputs; the paper's is 0.03.", 0.02)
+    embedding_learning_rate: float = _option("Learning rate of the word embedding; the paper's is 0.006.", 0.003)
+    value_learning_rate: float = _option("Learning rate of the target outputs.", 0.03)
     learning_rate: float | None = _option(
         "Sets both learning rates: this for the target outputs and a tenth of it for the word embedding."
     )

@@ -36,16 +36,9 @@ def ema(decay):
     return partial(patch, "diffusers_perfusion.training.learner.EMA_DECAY", decay)
 
 
-def timesteps(power):
-    """Timesteps are drawn with this power of an even distribution: below 1 more noise, above 1 less."""
-    draw = Learner._draw
-
-    def drawn(self, index):
-        pictures, prompts, even, noise = draw(self, index)
-        last = self.scheduler.config.num_train_timesteps
-        return pictures, prompts, ((even / last) ** power * last).long(), noise
-
-    return partial(patch.object, Learner, "_draw", drawn)
+def even_timesteps():
+    """All timesteps are equally likely, as in the paper."""
+    return patch("diffusers_perfusion.training.learner.TIMESTEP_DRAWS", 1)
 
 
 def padding_in_covariance():

@@ -9,10 +9,10 @@ from typing import Any
 from ablations import (
     ema,
     equation_4,
+    even_timesteps,
     first_pictures,
     padding_in_covariance,
     tight_masks,
-    timesteps,
     trained_keys,
     word_only,
 )
@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.training import FitConfig
 from diffusers_perfusion.training import fit as fit_perfusion
+from diffusers_perfusion.training.learner import TIMESTEP_DRAWS
 
-BIASES = (0.5, 0.7, 0.9, 1.0, 1.1, 1.3)
+BIASES = (0.7, 1.0, 1.2, 1.3, 1.4, 1.6)
 SCALES = (0.4, 0.6, 0.8, 1.0)
 
 
@@ -119,6 +120,7 @@ class Perfusion:
         settings: of the fit, where they are not the defaults.
         save_at: steps after which it is drawn with; after the last if empty.
         biases: when drawing.
+        temperature: when drawing; by default the concept's.
         locking: when drawing.
         pictures: how many it learns from; by default all.
         patches: functions that give a context in which something of the package is changed.
@@ -127,7 +129,8 @@ class Perfusion:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     save_at: tuple[int, ...] = ()
-    biases: tuple[float, ...] = (0.6, 0.9)
+    biases: tuple[float, ...] = (1.0, 1.3)
+    temperature: float | None = None
     locking: str = "local"
     pictures: int | None = None
     patches: tuple[Any, ...] = ()
@@ -161,7 +164,7 @@ class Perfusion:
         """A point for each bias."""
         add_perfusion(pipeline).load_perfusion(file, "subject")
         for bias in self.biases:
-            pipeline.set_perfusion("subject", bias=bias, locking=self.locking)
+            pipeline.set_perfusion("subject", bias=bias, temperature=self.temperature, locking=self.locking)
             yield bias, {}
 
     def phrase(self, subject):
@@ -202,9 +205,9 @@ PERFUSION = Perfusion("perfusion", biases=BIASES)
 LORA = Rival("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4})
 
 
-def changed(name, *patches, locking="local", pictures=None, **settings):
+def changed(name, *patches, temperature=None, locking="local", pictures=None, **settings):
     """Perfusion with something changed, at some biases."""
-    return Perfusion(name, settings, biases=(0.7, 0.9, 1.1), locking=locking, pictures=pictures, patches=patches)
+    return Perfusion(name, settings, (), (1.0, 1.2, 1.4), temperature, locking, pictures, patches)
 
 
 def lora_on(name, rate, changes):
@@ -224,7 +227,7 @@ PANELS = {
         *grid("textual_inversion", (1e-3, 3e-3, 1e-2)),
         *grid("lora", (3e-3,), rank=4),
         *grid("lora", (3e-4, 1e-3), rank=4, masked=True),
-        *perfusion_grid([(0.01, 0.0), (0.01, 0.0006), (0.01, 0.006), (0.02, 0.002), (0.03, 0.006)]),
+        *perfusion_grid([(0.01, 0.0), (0.01, 0.0006), (0.02, 0.002), (0.03, 0.003), (0.03, 0.006)]),
     ],
     "ablations": [
         PERFUSION,
@@ -235,14 +238,19 @@ PANELS = {
         changed("no mask", mask="none"),
         changed("attention masks", mask="attention"),
         changed("tight masks", tight_masks),
+        changed("temperature 0.1", temperature=0.1),
+        changed("temperature 0.25", temperature=0.25),
         changed("training bias 0.5", train_bias=0.5),
-        changed("noisier timesteps", timesteps(0.5)),
+        changed("training bias 1", train_bias=1.0),
+        changed("even timesteps", even_timesteps),
         changed("min-SNR 5", snr_gamma=5.0),
+        changed("EMA 0.99", ema(0.99)),
         changed("EMA 1", ema(1.0)),
         changed("fixed word", embedding_learning_rate=0.0),
         changed("padding in C", padding_in_covariance),
         changed("one picture", pictures=1),
         LORA,
+        replace(LORA, name="lora4, noisier timesteps", options={"rank": 4, "timestep_draws": TIMESTEP_DRAWS}),
         lora_on("lora4, keys and values from text", 3e-3, r".*attn2\.to_[kv]"),
         lora_on("lora4, cross-attention", 2e-3, r".*attn2\.(to_k|to_q|to_v|to_out\.0)"),
         lora_on("lora4, self-attention", 1e-3, r".*attn1\.(to_k|to_q|to_v|to_out\.0)"),
@@ -250,7 +258,7 @@ PANELS = {
     "main": [
         Base(),
         PERFUSION,
-        Perfusion("equation 4", biases=(0.4, 0.5, 0.6, 0.7, 0.9), patches=(equation_4,)),
+        Perfusion("equation 4", biases=(0.7, 0.9, 1.1, 1.2, 1.3), patches=(equation_4,)),
         LORA,
         Perfusion("trained keys", biases=BIASES, patches=(trained_keys,)),
         Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
