@@ -19,7 +19,7 @@ from diffusers_perfusion.evaluation.sheets import draw_sheet
 # Rows of the sheets: what to call them, the variant, and the number of its point.
 SHEET = (
     ("base model", "base", 0),
-    ("Perfusion, bias 0.9", "perfusion", 2),
+    ("Perfusion, bias 1.2", "perfusion", 2),
     ("LoRA r4, scale 0.6", "lora4", 1),
     ("LoRA r4, scale 1", "lora4", 3),
     ("Textual Inversion", "textual inversion", 1),

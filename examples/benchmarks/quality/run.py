@@ -26,7 +26,7 @@ def main(args=None):
 
     folders = ["--output_dir", str(arguments.output_dir), "--report_dir", str(arguments.report_dir)]
     for panel in PANELS:
-        compare.main(["--panel", panel, "--seeds", "4" if panel == "main" else "2", *folders[:2]])
+        compare.main(["--panel", panel, "--seeds", "2" if panel == "tuning" else "4", *folders[:2]])
         report.main(["--panel", panel, *folders])
     two_concepts.main(folders)
     plain_prompts.main(folders)

@@ -148,7 +148,7 @@ def rival(name, run, method, step, scale=None):
 
 ENTRIES = [
     Entry("base model, two nouns", "base", lambda pipeline, folders: {}, "{superclass}"),
-    *[perfusion(bias) for bias in (0.7, 0.9, 1.1)],
+    *[perfusion(bias) for bias in (1.0, 1.2, 1.4)],
     *[rival(f"LoRAs of rank 4 merged, scale {scale}", "lora4", "lora", 250, scale) for scale in (0.6, 1.0)],
     rival("Textual Inversion words", "textual inversion", "textual_inversion", 150),
 ]
