@@ -57,6 +57,17 @@ class PerfusionAttnProcessor:
         return output
 
 
+class _PerfusionModuleProcessor(PerfusionAttnProcessor, nn.Module):
+    """Around a processor with weights of its own, such as IP-Adapter's: they stay where the UNet finds them."""
+
+    def __init__(self, processor: nn.Module, layer: str, state: PerfusionState):
+        nn.Module.__init__(self)
+        # Not an attribute of a module, or its weights would be saved under another name.
+        self.__dict__["processor"] = processor
+        self._modules, self._parameters, self._buffers = processor._modules, processor._parameters, processor._buffers
+        self.layer, self.state = layer, state
+
+
 class _EditedAttention:
     """Stands in for an `Attention` whose `to_k` and `to_v` give edited keys and values (paper Eq. 4)."""
 
@@ -161,7 +172,9 @@ def attach(unet: Any, state: PerfusionState) -> None:
         unet._perfusion_hook = unet.register_forward_pre_hook(partial(_prepare, layers), with_kwargs=True)
     for name, layer in layers.items():
         if not isinstance(layer.processor, PerfusionAttnProcessor):
-            layer.set_processor(PerfusionAttnProcessor(layer.processor, name, state))  # type: ignore[arg-type]
+            module = isinstance(layer.processor, nn.Module)
+            kind = _PerfusionModuleProcessor if module else PerfusionAttnProcessor
+            layer.set_processor(kind(layer.processor, name, state))  # type: ignore[arg-type]
 
 
 def detach(unet: Any) -> None:

@@ -1,9 +1,10 @@
 """`PerfusionLoaderMixin`: concepts on a diffusers pipeline, named and shaped like diffusers' own loaders."""
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,6 +22,21 @@ from .state import LoadedConcept, Locking, PerfusionState
 from .text import ConceptWords
 
 logger = logging.get_logger(__name__)
+
+# Methods of pipelines that replace attention processors or count the tokenizer's words.
+_REPLACING = (
+    "load_ip_adapter",
+    "set_ip_adapter_scale",
+    "unload_ip_adapter",
+    "load_textual_inversion",
+    "unload_textual_inversion",
+    "enable_attention_slicing",
+    "disable_attention_slicing",
+    "enable_xformers_memory_efficient_attention",
+    "disable_xformers_memory_efficient_attention",
+    "fuse_qkv_projections",
+    "unfuse_qkv_projections",
+)
 
 Source = str | os.PathLike | PerfusionConcept | Mapping[str, Any]
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -66,6 +82,12 @@ class PerfusionLoaderMixin:
     unet: torch.nn.Module
     tokenizer: Any
     text_encoder: PreTrainedModel
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _REPLACING:
+            if hasattr(cls, name):
+                setattr(cls, name, _without_concepts(getattr(cls, name)))
 
     def load_perfusion(
         self,
@@ -349,18 +371,31 @@ class PerfusionLoaderMixin:
         plain = next(
             c for c in kind.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, PerfusionLoaderMixin)
         )
-        state = get_state(self.unet)
-        enabled = state is not None and state.words.enabled
-        if state is not None:
-            state.words.disable()
-        # A pipeline is saved under the name of its class.
-        self.__class__ = plain  # type: ignore[assignment]
-        try:
-            plain.save_pretrained(self, save_directory, *args, **kwargs)
-        finally:
-            self.__class__ = kind
-            if state is not None and enabled:
-                state.words.enable()
+        with self._aside():
+            # A pipeline is saved under the name of its class.
+            self.__class__ = plain  # type: ignore[assignment]
+            try:
+                plain.save_pretrained(self, save_directory, *args, **kwargs)
+            finally:
+                self.__class__ = kind
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The pipeline as it is without concepts, for diffusers to change; they come back around what it is then.
+
+        Raises:
+            ValueError: if somebody has added tokens to the tokenizer behind those of the concepts.
+        """
+        state = get_state(_unet(self))
+        if state is None:
+            yield
+            return
+        with state.words.aside():
+            detach(self.unet)
+            try:
+                yield
+            finally:
+                attach(self.unet, state)
 
     def _one_concept(self, action: str, concept_name: str | None) -> PerfusionConcept:
         """The concept of that name, or the only one."""
@@ -390,6 +425,17 @@ class PerfusionLoaderMixin:
                 f"The attention processors of {len(replaced)} layers were replaced after concepts were loaded (now "
                 f"{', '.join(sorted(set(replaced.values())))}); call enable_perfusion() to put the concepts back."
             )
+
+
+def _without_concepts(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a pipeline, called while concepts are aside."""
+
+    @wraps(method)
+    def run(self: PerfusionLoaderMixin, *args: Any, **kwargs: Any) -> Any:
+        with self._aside():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 def _one_each(name: str, value: Any, count: int) -> list[str | None]:

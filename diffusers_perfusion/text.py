@@ -1,7 +1,8 @@
 """The concept word: how a tokenizer and a text encoder come to know it, and which encodings hold it."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -191,6 +192,22 @@ class ConceptWords:
             handle.remove()
         self._handles = []
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The tokenizer and the text encoder as they were, for others to change; the words come back behind theirs.
+
+        Raises:
+            ValueError: as `disable`.
+        """
+        enabled = self.enabled
+        self.disable()
+        try:
+            yield
+        finally:
+            self._extended = None
+            if enabled:
+                self.enable()
+
     def positions(self, input_ids: Tensor, word: str) -> Tensor:
         """Where a word stands: the index of its first token in each row, `(batch,)`."""
         token_id = next(i for i, known in self._ids.items() if known == word)
@@ -198,12 +215,8 @@ class ConceptWords:
 
     def _renew(self, words: dict[str, tuple[Tensor, list[int]]]) -> None:
         """Take other words in place of those so far, or if these cannot be taken away change nothing."""
-        enabled = self.enabled
-        self.disable()
-        self._words = words
-        self._extended = None
-        if enabled:
-            self.enable()
+        with self.aside():
+            self._words = words
 
     def _extend(self) -> None:
         extended = copy.deepcopy(self.tokenizer)
@@ -230,12 +243,14 @@ class ConceptWords:
         if not rows:
             return
         ids = input_ids.tolist()
-        twins = self._twin_encodings([ids[row] for row in rows]) if self.twins else [None] * len(rows)
+        twins = (
+            self._twin_encodings([ids[row] for row in rows], input_ids.device) if self.twins else [None] * len(rows)
+        )
         for row, twin in zip(rows, twins, strict=True):
             words = tuple(word for token_id, word in self._ids.items() if token_id in ids[row])
             self.on_encoding(output[0][row], words, twin)
 
-    def _twin_encodings(self, rows: list[list[int]]) -> Tensor:
+    def _twin_encodings(self, rows: list[list[int]], device: torch.device) -> Tensor:
         """Encodings of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
 
         A super-category of several tokens makes the twin longer than the prompt. The encodings are gathered so that
@@ -251,7 +266,7 @@ class ConceptWords:
                 index.append(min(len(twin), len(row)) - 1)
             twins.append([*twin[: len(row) - 1], row[-1]])
             gather.append(index)
-        encodings = encode(self.text_encoder, torch.tensor(twins))
+        encodings = self.text_encoder(torch.tensor(twins, device=device))[0]
         return torch.stack(
             [e[i] for e, i in zip(encodings, torch.tensor(gather, device=encodings.device), strict=True)]
         )

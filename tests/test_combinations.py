@@ -1,0 +1,304 @@
+"""A concept in the pipelines people have, beside what else they load: it has an effect, and leaves without a trace."""
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from conftest import WIDTH
+from diffusers import (
+    ControlNetModel,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+)
+
+from diffusers_perfusion import add_perfusion
+from diffusers_perfusion.attention import cross_attention_layers
+
+PROMPTS = ["a <my-cat> on the beach", "a cat on the beach"]
+
+
+def image(seed=0, channels=3):
+    """Noise as a batch of two pictures."""
+    return torch.rand(2, channels, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def controlnet(components):
+    torch.manual_seed(1)
+    net = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 16)).eval()
+    for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:  # they begin at zero
+        torch.nn.init.normal_(block.weight, std=0.1)
+    return {**components, "controlnet": net}
+
+
+def scheduled(scheduler, **settings):
+    def make(components):
+        return StableDiffusionPipeline(
+            **{**components, "scheduler": scheduler.from_config(components["scheduler"].config, **settings)}
+        )
+
+    return make
+
+
+def mask():
+    return (image(2, 1) > 0.5).float()
+
+
+# A pipeline of components, and what it is called with.
+PIPELINES = {
+    "text to image": (lambda parts: StableDiffusionPipeline(**parts), lambda: {}),
+    "image to image": (
+        lambda parts: StableDiffusionImg2ImgPipeline(**parts),
+        lambda: {"image": image(), "strength": 0.9},
+    ),
+    "inpainting": (
+        lambda parts: StableDiffusionInpaintPipeline(**parts),
+        lambda: {"image": image(), "mask_image": mask(), "height": 16, "width": 16},
+    ),
+    "ControlNet": (lambda parts: StableDiffusionControlNetPipeline(**controlnet(parts)), lambda: {"image": image()}),
+    "ControlNet image to image": (
+        lambda parts: StableDiffusionControlNetImg2ImgPipeline(**controlnet(parts)),
+        lambda: {"image": image(), "control_image": image(1), "strength": 0.9},
+    ),
+    "ControlNet inpainting": (
+        lambda parts: StableDiffusionControlNetInpaintPipeline(**controlnet(parts)),
+        lambda: {"image": image(), "mask_image": mask(), "control_image": image(1), "height": 16, "width": 16},
+    ),
+    "PAG": (
+        lambda parts: StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"]),
+        lambda: {"pag_scale": 2.0},
+    ),
+    "LCM without guidance": (scheduled(LCMScheduler), lambda: {"guidance_scale": 1.0}),
+    "v-prediction": (scheduled(EulerAncestralDiscreteScheduler, prediction_type="v_prediction"), lambda: {}),
+    "DPM-Solver++": (scheduled(DPMSolverMultistepScheduler), lambda: {"guidance_rescale": 0.7}),
+    "several of each prompt": (
+        lambda parts: StableDiffusionPipeline(**parts),
+        lambda: {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("locking", ["local", "global"])
+def test_a_concept_in_a_pipeline(components, make_concept, generate, name, locking):
+    make, arguments = PIPELINES[name]
+    pipe = make(components)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return generate(PROMPTS, pipe, **arguments())
+
+    processors = dict(pipe.unet.attn_processors)
+    before = draw()
+    with_word, plain = before.chunk(2)
+    add_perfusion(pipe).load_perfusion(make_concept())
+    pipe.set_perfusion(locking=locking)
+    edited = draw()
+    assert torch.equal(edited.chunk(2)[1], plain)
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(edited.chunk(2)[0], with_word, strict=True))
+    pipe.disable_perfusion()
+    assert torch.equal(draw(), before)
+    pipe.enable_perfusion()
+    assert torch.equal(draw(), edited)
+    pipe.unload_perfusion()
+    assert torch.equal(draw(), before)
+    assert all(pipe.unet.attn_processors[key] is processor for key, processor in processors.items())
+
+
+# Beside what else is loaded
+
+
+def lora(pipe, name="default", seed=0):
+    from peft import LoraConfig
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["to_k", "to_v", "to_q", "to_out.0"], init_lora_weights=False)
+    pipe.unet.add_adapter(config, adapter_name=name)
+
+
+def two_loras(pipe):
+    lora(pipe, "one", 1)
+    lora(pipe, "two", 2)
+    pipe.set_adapters(["one", "two"], [0.7, 0.4])
+
+
+def fused_lora(pipe):
+    lora(pipe)
+    pipe.fuse_lora(components=["unet"], lora_scale=0.5)
+
+
+def textual_inversion(pipe):
+    pipe.load_textual_inversion({"<style>": torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))})
+
+
+def model_offload(pipe):
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        cpu_offload_with_hook(model, execution_device="cpu")
+
+
+def sequential_offload(pipe):
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def group_offload(pipe):
+    cpu = torch.device("cpu")
+    pipe.unet.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+
+
+def layerwise(pipe):
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def ip_adapter(pipe):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    widths = [layer.inner_kv_dim for layer in cross_attention_layers(pipe.unet).values()]
+    weights = {
+        "image_proj": {
+            "proj.weight": random(4 * WIDTH, 12),
+            "proj.bias": random(4 * WIDTH),
+            "norm.weight": random(WIDTH),
+            "norm.bias": random(WIDTH),
+        },
+        "ip_adapter": {
+            f"{1 + 2 * number}.to_{letter}_ip.weight": random(width, WIDTH)
+            for number, width in enumerate(widths)
+            for letter in "kv"
+        },
+    }
+    pipe.load_ip_adapter(weights, subfolder=None, weight_name=None, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(0.6)
+
+
+EMBEDS = [torch.stack([torch.zeros(2, 12), torch.ones(2, 12)]).flatten(0, 1).unsqueeze(1)]
+
+# What is done to a pipeline, what takes it back, and what the pipeline is called with.
+FEATURES = {
+    "LoRA": (lora, lambda pipe: pipe.delete_adapters("default"), {}),
+    "two LoRAs with weights": (two_loras, lambda pipe: pipe.delete_adapters(["one", "two"]), {}),
+    "fused LoRA": (fused_lora, None, {}),
+    "Textual Inversion": (textual_inversion, lambda pipe: pipe.unload_textual_inversion(), {}),
+    "IP-Adapter": (ip_adapter, lambda pipe: pipe.unload_ip_adapter(), {"ip_adapter_image_embeds": EMBEDS}),
+    "attention slicing": (
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.disable_attention_slicing(),
+        {},
+    ),
+    "FreeU": (
+        lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        lambda pipe: pipe.disable_freeu(),
+        {},
+    ),
+    "channels last": (lambda pipe: pipe.unet.to(memory_format=torch.channels_last), None, {}),
+    "bfloat16": (lambda pipe: pipe.to(torch.bfloat16), lambda pipe: pipe.to(torch.float32), {}),
+    "model offload": (model_offload, None, {}),
+    "sequential offload": (sequential_offload, None, {}),
+    "group offload": (group_offload, None, {}),
+    "layerwise casting": (layerwise, None, {}),
+}
+
+
+def effect(one, other):
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("locking", ["local", "global"])
+@pytest.mark.parametrize("first", ["concept", "other"])
+def test_a_concept_beside(plain_pipeline, make_concept, generate, name, locking, first):
+    pipe, concept, (add, _, arguments) = add_perfusion(plain_pipeline), make_concept(), FEATURES[name]
+
+    def load():
+        pipe.load_perfusion(concept)
+        pipe.set_perfusion(locking=locking)
+
+    if first == "concept":
+        load()
+        add(pipe)
+        pipe.disable_perfusion()
+    else:
+        add(pipe)
+    off = generate(PROMPTS, pipe, **arguments)
+    if first == "concept":
+        pipe.enable_perfusion()
+    else:
+        load()
+    edited = generate(PROMPTS, pipe, **arguments)
+    assert torch.equal(edited[1], off[1])
+    assert effect(edited[0], off[0]) > 1e-3
+    pipe.disable_perfusion()
+    assert torch.equal(generate(PROMPTS, pipe, **arguments), off)
+    pipe.enable_perfusion()
+    assert torch.equal(generate(PROMPTS, pipe, **arguments), edited)
+    pipe.unload_perfusion()
+    assert torch.equal(generate(PROMPTS, pipe, **arguments), off)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, remove, _) in FEATURES.items() if remove])
+@pytest.mark.parametrize("first", ["concept", "other"])
+def test_the_other_has_an_effect_and_may_leave_first(plain_pipeline, make_concept, generate, name, first):
+    pipe, (add, remove, arguments) = add_perfusion(plain_pipeline), FEATURES[name]
+    before = generate(PROMPTS, pipe)
+    pipe.load_perfusion(make_concept())
+    alone = generate(PROMPTS, pipe)
+    if first == "other":
+        pipe.unload_perfusion()
+        add(pipe)
+        pipe.load_perfusion(make_concept())
+    else:
+        add(pipe)
+    both = generate(PROMPTS, pipe, **arguments)
+    if name not in ("Textual Inversion", "attention slicing"):  # not in these prompts, and the same but for rounding
+        assert effect(both, alone) > 1e-3
+    remove(pipe)
+    tolerance = 0.1 if name == "bfloat16" else 1e-4  # the weights have been rounded
+    assert effect(generate(PROMPTS, pipe), alone) < tolerance
+    pipe.unload_perfusion()
+    assert effect(generate(PROMPTS, pipe), before) < tolerance
+
+
+def test_a_learned_word_and_a_concept_in_one_prompt(plain_pipeline, make_concept, generate):
+    prompts = ["a <my-cat> on the <style>", "a cat on the <style>"]
+    pipe = add_perfusion(plain_pipeline)
+    textual_inversion(pipe)
+    pipe.load_perfusion(make_concept())
+    expected = generate(prompts, pipe)
+    pipe.unload_perfusion()
+    style = generate(prompts, pipe)
+    pipe.unload_textual_inversion()
+    pipe.load_perfusion(make_concept())
+    textual_inversion(pipe)
+    assert torch.equal(generate(prompts, pipe), expected)
+    pipe.load_perfusion(make_concept("<my-dog>", "dog", 1))
+    assert torch.equal(generate(prompts, pipe), expected)
+    pipe.unload_perfusion()
+    assert torch.equal(generate(prompts, pipe), style)
+
+
+def test_an_image_prompt_stays_where_the_unet_moves_and_saves_it(plain_pipeline, make_concept, generate):
+    pipe = add_perfusion(plain_pipeline)
+    ip_adapter(pipe)
+    saved = pipe.unet.state_dict()
+    strong = generate(PROMPTS, pipe, ip_adapter_image_embeds=EMBEDS)
+    pipe.load_perfusion(make_concept())
+    assert pipe.unet.state_dict().keys() == saved.keys()
+    pipe.unet.double()
+    assert all(value.dtype == torch.float64 for name, value in pipe.unet.state_dict().items() if "_ip" in name)
+    pipe.unet.float()
+    edited = generate(PROMPTS, pipe, ip_adapter_image_embeds=EMBEDS)
+    pipe.set_ip_adapter_scale(0.1)
+    assert effect(generate(PROMPTS, pipe, ip_adapter_image_embeds=EMBEDS), edited) > 1e-3
+    pipe.set_ip_adapter_scale(0.6)
+    assert torch.equal(generate(PROMPTS, pipe, ip_adapter_image_embeds=EMBEDS), edited)
+    pipe.unload_perfusion()
+    assert torch.equal(generate(PROMPTS, pipe, ip_adapter_image_embeds=EMBEDS), strong)
