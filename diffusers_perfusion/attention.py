@@ -201,6 +201,7 @@ def _replaced(layers: dict[str, Attention]) -> dict[str, str]:
     }
 
 
+@torch.compiler.disable  # encodings are known by their content, which no graph can hold
 def _prepare(layers: dict[str, Attention], unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the UNet: the edit for its text encoding, once for all layers and steps."""
     state = unet._perfusion

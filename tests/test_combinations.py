@@ -3,12 +3,15 @@
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from conftest import WIDTH
+from conftest import WIDTH, make_vae
 from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
     ControlNetModel,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     LCMScheduler,
+    MotionAdapter,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -17,6 +20,7 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
 )
+from torch._dynamo.testing import CompileCounter
 
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.attention import cross_attention_layers
@@ -302,3 +306,57 @@ def test_an_image_prompt_stays_where_the_unet_moves_and_saves_it(plain_pipeline,
     assert torch.equal(generate(PROMPTS, pipe, ip_adapter_image_embeds=EMBEDS), edited)
     pipe.unload_perfusion()
     assert torch.equal(generate(PROMPTS, pipe, ip_adapter_image_embeds=EMBEDS), strong)
+
+
+def test_a_compiled_unet_is_compiled_once(plain_pipeline, make_concept, generate):
+    """Neither another bias nor another concept of the same layers compiles anew; pictures are as without."""
+    pipe, one, other = add_perfusion(plain_pipeline), make_concept(), make_concept(seed=1)
+    counter = CompileCounter()
+
+    def change(number):
+        if number == 2:
+            pipe.unload_perfusion()
+            pipe.load_perfusion(other)
+        pipe.set_perfusion(bias=(0.3, 0.6, 0.6)[number])
+        return generate(PROMPTS, pipe)
+
+    def changes():
+        pipe.load_perfusion(one)
+        pictures = [(change(number), counter.frame_count) for number in range(3)]
+        pipe.unload_perfusion()
+        return zip(*pictures, strict=True)
+
+    eager, _ = changes()
+    torch._dynamo.reset()
+    pipe.unet.compile(backend=counter)
+    compiled, counts = changes()
+    assert all(effect(*pair) < 1e-5 for pair in zip(eager, compiled, strict=True))
+    assert counts[0] > 0 and len(set(counts)) == 1
+
+
+def test_frames_of_a_film(components, make_concept):
+    torch.manual_seed(0)
+    motion = MotionAdapter(
+        block_out_channels=(16, 32),
+        motion_layers_per_block=1,
+        motion_mid_block_layers_per_block=1,
+        motion_norm_num_groups=4,
+        motion_num_attention_heads=2,
+    )
+    concept = make_concept()
+    parts = {name: part for name, part in components.items() if "safety" not in name}
+    pipe = AnimateDiffPipeline(**parts | {"vae": make_vae(AutoencoderKL)}, motion_adapter=motion)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_frames": 3, "num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
+        return torch.cat([pipe(prompt, generator=generator, **settings).frames for prompt in PROMPTS])
+
+    before = draw()
+    add_perfusion(pipe).load_perfusion(concept)
+    edited = draw()
+    assert torch.equal(edited[1], before[1])
+    assert all(effect(*frames) > 1e-3 for frames in zip(edited[0], before[0], strict=True))
+    pipe.unload_perfusion()
+    assert torch.equal(draw(), before)
