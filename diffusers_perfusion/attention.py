@@ -1,6 +1,6 @@
 """`PerfusionAttnProcessor`, and how it is put on a UNet and taken off."""
 
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -25,25 +25,24 @@ class PerfusionAttnProcessor:
         state: what to edit in.
     """
 
+    processor: Any
+    layer: str
+    state: PerfusionState
+
     def __init__(self, processor: Any, layer: str, state: PerfusionState):
-        self.processor = processor
-        self.layer = layer
-        self.state = state
+        # Past `nn.Module.__setattr__`, which would save the weights of a processor that has some under another name.
+        vars(self).update(processor=processor, layer=layer, state=state)
+        # `Attention` passes on only the arguments that it finds in the signature of its processor.
+        vars(self)["__call__"] = update_wrapper(partial(type(self).__call__, self), processor.__call__)
 
     def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        ip_adapter_masks: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """As any diffusers attention processor; further keyword arguments go to the wrapped one."""
-        # `Attention` passes on only what it finds named here, and some processors take no more than they need.
-        named = {"attention_mask": attention_mask, "temb": temb, "ip_adapter_masks": ip_adapter_masks}
-        kwargs |= {name: value for name, value in named.items() if value is not None}
         if self.state.edit is None or encoder_hidden_states is None:
             return self.processor(attn, hidden_states, encoder_hidden_states, **kwargs)
         edited = _EditedAttention(attn, self.layer, self.state.edit)
@@ -62,10 +61,8 @@ class _PerfusionModuleProcessor(PerfusionAttnProcessor, nn.Module):
 
     def __init__(self, processor: nn.Module, layer: str, state: PerfusionState):
         nn.Module.__init__(self)
-        # Not an attribute of a module, or its weights would be saved under another name.
-        self.__dict__["processor"] = processor
+        super().__init__(processor, layer, state)
         self._modules, self._parameters, self._buffers = processor._modules, processor._parameters, processor._buffers
-        self.layer, self.state = layer, state
 
 
 class _EditedAttention:

@@ -296,6 +296,18 @@ def test_an_image_prompt_works_beside_a_concept(unet, state, load, kind):
     torch.testing.assert_close(run(ip_adapter_masks=[mask]) - edited_text, masked - text, atol=1e-5, rtol=1e-4)
 
 
+def test_arguments_of_a_processor_of_one_s_own_reach_it(unet, state, load):
+    class Louder(AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, loudness=1.0):
+            return loudness * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    for layer in cross_attention_layers(unet).values():
+        layer.set_processor(Louder())
+    load("my-cat")
+    attach(unet, state)
+    assert not torch.allclose(predict(unet), predict(unet, cross_attention_kwargs={"loudness": 3.0}), atol=1e-3)
+
+
 def test_a_processor_that_uses_other_projections_is_an_error(unet, state, load):
     """Its concepts would be lost in silence."""
     load("my-cat")
