@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_args
+from urllib.parse import quote
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,6 +38,9 @@ _REPLACING = (
     "fuse_qkv_projections",
     "unfuse_qkv_projections",
 )
+
+# Folder for concepts beside the models of a pipeline.
+CONCEPTS = "perfusion"
 
 Source = str | os.PathLike | PerfusionConcept | Mapping[str, Any]
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -88,6 +92,20 @@ class PerfusionLoaderMixin:
         for name in _REPLACING:
             if hasattr(cls, name):
                 setattr(cls, name, _without_concepts(getattr(cls, name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another model or tokenizer while concepts are on the one there is, since they would stay behind."""
+        if name in ("unet", "text_encoder", "tokenizer") and value is not None:
+            current = getattr(self, name, None)
+            if (
+                getattr(value, "_orig_mod", value) is not current
+                and get_state(getattr(self, "unet", None)) is not None
+            ):
+                raise ValueError(
+                    f"concepts are loaded on this pipeline and would stay with its {name}; call unload_perfusion() "
+                    "before it gets another, and load them again"
+                )
+        super().__setattr__(name, value)
 
     def load_perfusion(
         self,
@@ -363,14 +381,26 @@ class PerfusionLoaderMixin:
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline without its concepts, as the diffusers pipeline it is: any diffusers loads it.
+        """Save the pipeline as the diffusers pipeline it is, which any diffusers loads, and its concepts beside it.
 
-        Arguments are those of `DiffusionPipeline.save_pretrained`; `save_perfusion` saves a concept beside it.
+        The concepts go to `perfusion/<concept name>.safetensors`, from where `PerfusionPipeline.from_pretrained` of
+        the folder loads them again.
+
+        Arguments are those of `DiffusionPipeline.save_pretrained`.
         """
         kind = type(self)
         plain = next(
             c for c in kind.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, PerfusionLoaderMixin)
         )
+        folder, state = Path(save_directory) / CONCEPTS, get_state(self.unet)
+        concepts = (
+            {} if state is None else {quote(name, safe=""): entry.concept for name, entry in state.loaded.items()}
+        )
+        for path in folder.glob("*.safetensors"):
+            if path.stem not in concepts:
+                path.unlink()  # of a pipeline that was saved here before
+        for name, concept in concepts.items():
+            concept.save(folder / f"{name}.safetensors")
         with self._aside():
             # A pipeline is saved under the name of its class.
             self.__class__ = plain  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """What a user does with concepts on a pipeline, judged by the pictures that come out."""
 
+import copy
 import logging
 import re
 from functools import partial
@@ -700,6 +701,37 @@ def test_concepts_do_not_leak_to_a_pipeline_of_another_unet(pipeline, components
     pipeline.unload_perfusion()
     other.load_perfusion(cat)
     assert pipeline.list_perfusion() == []
+
+
+@pytest.mark.parametrize("name", ["unet", "text_encoder", "tokenizer"])
+def test_another_model_is_refused_while_concepts_are_on_the_one_there_is(pipeline, cat, untouched, name):
+    other = copy.deepcopy(getattr(pipeline, name))
+    pipeline.load_perfusion(cat)
+    with pytest.raises(ValueError, match=f"would stay with its {name}; call unload_perfusion"):
+        setattr(pipeline, name, other)
+    setattr(pipeline, name, getattr(pipeline, name))
+    pipeline.unload_perfusion()
+    untouched.check()
+    setattr(pipeline, name, other)
+    pipeline.load_perfusion(cat)
+    assert pipeline.list_perfusion() == ["my-cat"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_unet_in_its_compiled_form(pipeline, cat, generate, untouched, before):
+    pipeline.load_perfusion(cat)
+    expected = generate(PROMPTS)
+    if before:
+        pipeline.unload_perfusion()
+    unet = pipeline.unet
+    pipeline.unet = torch.compile(unet, backend="eager")
+    if before:
+        pipeline.load_perfusion(cat)
+    assert close(generate(PROMPTS), expected)
+    pipeline.unload_perfusion()
+    assert differ(generate(CAT), expected[:1])
+    pipeline.unet = unet
+    untouched.check()
 
 
 @pytest.mark.parametrize("locking", ["local", "global"])

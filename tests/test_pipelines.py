@@ -52,6 +52,22 @@ def test_a_pipeline_is_saved_as_any_diffusers_can_load_it(pipeline, make_concept
     torch.testing.assert_close(generate("a <my-cat>", loaded), base)
 
 
+def test_concepts_are_saved_beside_the_models_and_come_back(pipeline, make_concept, generate, tmp_path):
+    prompt = "a <my-cat> and a <my-dog>"
+    pipeline.load_perfusion([make_concept(), make_concept("<my-dog>", "dog", seed=1)], ["me/cat: 1", "dog"])
+    pipeline.save_pretrained(tmp_path)
+    loaded = PerfusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is PerfusionPipeline
+    assert sorted(loaded.list_perfusion()) == ["dog", "me/cat: 1"]
+    torch.testing.assert_close(generate(prompt, loaded), generate(prompt), atol=1e-2, rtol=0)  # saved in float16
+    pipeline.unload_perfusion()
+    assert (generate(prompt, loaded) - generate(prompt)).abs().max() > 0.05
+    loaded.delete_perfusion("dog")
+    loaded.save_pretrained(tmp_path)
+    assert PerfusionPipeline.from_pretrained(tmp_path).list_perfusion() == ["me/cat: 1"]
+
+
 def test_neither_order_changes_a_bit(pipeline, make_concept, generate):
     """Of loading, and of activating."""
     cat, dog = make_concept(), make_concept("<my-dog>", "dog", seed=1)
