@@ -1,5 +1,7 @@
 """A concept in the pipelines people have, beside what else they load: it has an effect, and leaves without a trace."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
@@ -80,7 +82,7 @@ PIPELINES = {
     ),
     "LCM without guidance": (scheduled(LCMScheduler), lambda: {"guidance_scale": 1.0}),
     "v-prediction": (scheduled(EulerAncestralDiscreteScheduler, prediction_type="v_prediction"), lambda: {}),
-    "DPM-Solver++": (scheduled(DPMSolverMultistepScheduler), lambda: {"guidance_rescale": 0.7}),
+    "DPM-Solver++ with guidance rescale": (scheduled(DPMSolverMultistepScheduler), lambda: {"guidance_rescale": 0.7}),
     "several of each prompt": (
         lambda parts: StableDiffusionPipeline(**parts),
         lambda: {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]},
@@ -210,6 +212,14 @@ FEATURES = {
     "group offload": (group_offload, None, {}),
     "layerwise casting": (layerwise, None, {}),
 }
+
+
+def test_the_readme_says_what_is_tested():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = [
+        line.split("|")[2] for line in text.splitlines() if line.startswith(("| pipelines", "| settings", "| beside"))
+    ]
+    assert {name.strip() for row in rows for name in row.split(",")} == {*PIPELINES, *FEATURES, "AnimateDiff"}
 
 
 def effect(one, other):
