@@ -78,6 +78,10 @@ class FitConfig:
         "Captions file, or a .npy, .pt or .safetensors matrix, for C; by default captions.txt in the folder of the "
         "base model, or else captions are generated."
     )
+    initial_embedding: str | None = _option(
+        "Textual Inversion file (.safetensors, .bin or .pt) of one vector that the word starts from, and the target "
+        "input and outputs with it; by default all start at the super-category."
+    )
     train_bias: float = _option("Bias of the gate while fitting.", 0.75)
     train_temperature: float = _option("Temperature of the gate while fitting.", 0.1)
     embedding_learning_rate: float = _option("Learning rate of the word embedding; the paper's is 0.006.", 0.003)

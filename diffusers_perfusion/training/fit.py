@@ -21,6 +21,7 @@ from ..text import ConceptWords, superclass_ids
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import FitConfig
 from .data import make_subject
+from .embedding import load_embedding
 from .learner import NAME, Learner
 from .selection import Selection
 from .validation import draw, validate
@@ -75,8 +76,11 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
                 f"{type(pipeline).__name__} takes text of width {layer.cross_attention_dim}, but its text encoder has "
                 f"width {width}; expected a pipeline with one text encoder, such as StableDiffusionPipeline"
             )
-    ConceptWords(pipeline.tokenizer, pipeline.text_encoder).check_new(config.placeholder_token)
+    words = ConceptWords(pipeline.tokenizer, pipeline.text_encoder)
+    words.check_new(config.placeholder_token)
     superclass_ids(pipeline.tokenizer, config.superclass)
+    if config.initial_embedding:
+        words.add(config.placeholder_token, load_embedding(config.initial_embedding), config.superclass)
     pictures = read_pictures(
         config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, smallest=factor
     )

@@ -15,6 +15,7 @@ from ..concept import PerfusionConcept
 from ..text import TEMPLATES, encode, initial_word_embedding, superclass_input, tokenize
 from .config import FitConfig
 from .data import Subject
+from .embedding import load_embedding, word_input
 from .loss import masked_loss, prediction_target, snr_weights
 
 # The paper's 0.99 was measured to give less identity at equal text alignment. At 1 two concepts of one super-category
@@ -83,12 +84,17 @@ class Learner:
         return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _start(self) -> PerfusionConcept:
-        """`v*` at the super-category's embedding, `i*` at its encoding and `o*_V` at its values; loaded and active."""
+        """`v*` at an embedding, `i*` at its encoding and `o*_V` at its values; loaded and active."""
         pipeline, config = self.pipeline, self.config
-        i_super = superclass_input(pipeline.tokenizer, pipeline.text_encoder, config.superclass)
-        embedding = initial_word_embedding(pipeline.tokenizer, pipeline.text_encoder, config.superclass)
+        text = pipeline.tokenizer, pipeline.text_encoder
+        i_super = superclass_input(*text, config.superclass)
+        if config.initial_embedding is None:
+            embedding, i_start = initial_word_embedding(*text, config.superclass), i_super
+        else:
+            embedding = load_embedding(config.initial_embedding).to(i_super)
+            i_start = word_input(*text, config.placeholder_token, embedding, config.superclass)
         with torch.no_grad():
-            inputs = i_super.to(pipeline.unet.dtype)
+            inputs = i_start.to(pipeline.unet.dtype)
             outputs = {
                 name: layer.to_v(inputs).float() for name, layer in cross_attention_layers(pipeline.unet).items()
             }
@@ -97,8 +103,8 @@ class Learner:
                 placeholder_token=config.placeholder_token,
                 superclass=config.superclass,
                 word_embedding=nn.Parameter(embedding),
-                target_input=i_super.clone(),
-                inverse_target_input=self._inverse(i_super),
+                target_input=i_start.clone(),
+                inverse_target_input=self._inverse(i_start),
                 superclass_input=i_super,
                 target_outputs={layer: nn.Parameter(output) for layer, output in outputs.items()},
             ),

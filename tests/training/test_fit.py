@@ -367,6 +367,7 @@ def test_the_pipeline_is_left_as_it_was(run, stop, pipeline, generate, error):
         ({"lr_scheduler": "zigzag"}, ValueError, "lr_scheduler is 'zigzag'"),
         ({"mask": "alpha"}, ValueError, "has no alpha channel"),
         ({"mask": "{tmp_path}"}, ValueError, "holds no mask for 1.png"),
+        ({"initial_embedding": "nowhere.bin"}, FileNotFoundError, "no Textual Inversion file nowhere.bin"),
         ({"covariance": "nowhere.txt"}, ValueError, "nowhere.txt is not a file"),
         ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no checkpoint 'latest'"),
         ({"resume_from_checkpoint": "checkpoint-7"}, FileNotFoundError, "no checkpoint 'checkpoint-7'"),

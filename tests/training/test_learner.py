@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import WIDTH
 from diffusers import DDIMScheduler
+from safetensors.torch import save_file
 
 from diffusers_perfusion.attention import cross_attention_layers
 from diffusers_perfusion.text import TEMPLATES, superclass_input
@@ -74,6 +75,23 @@ def test_it_starts_at_the_super_category(make_learner, pipeline, c_inv):
     torch.testing.assert_close(concept.inverse_target_input, (c_inv @ i_super.double()).float())
     for name, layer in cross_attention_layers(pipeline.unet).items():
         torch.testing.assert_close(concept.target_outputs[name], layer.to_v(i_super))
+
+
+@torch.no_grad()
+def test_it_starts_at_a_word_of_textual_inversion(make_learner, pipeline, c_inv, tmp_path):
+    embedding = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    save_file({WORD: embedding}, tmp_path / "learned_embeds.safetensors")
+    concept = make_learner(initial_embedding=str(tmp_path / "learned_embeds.safetensors")).concept
+    assert torch.equal(concept.word_embedding, embedding)
+    i_start = mean_encoding(pipeline, range(len(TEMPLATES)))
+    torch.testing.assert_close(concept.target_input, i_start)
+    torch.testing.assert_close(concept.inverse_target_input, (c_inv @ concept.target_input.double()).float())
+    assert torch.equal(
+        concept.superclass_input, superclass_input(pipeline.tokenizer, pipeline.text_encoder, concept.superclass)
+    )
+    assert not torch.allclose(concept.superclass_input, i_start, atol=0.1)
+    for name, layer in cross_attention_layers(pipeline.unet).items():
+        torch.testing.assert_close(concept.target_outputs[name], layer.to_v(i_start))
 
 
 def test_only_the_word_and_the_values_learn(make_learner, pipeline):
