@@ -188,7 +188,7 @@ class PerfusionConcept:
     target_outputs: dict[str, Tensor]
     bias: float = 1.2
     temperature: float = 0.15
-    bias_range: tuple[float, float] = (0.7, 1.6)
+    bias_range: tuple[float, float] = (0.8, 1.8)
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
