@@ -141,7 +141,7 @@ def test_what_two_things_were_drawn_as_is_counted(fitted, monkeypatch, tmp_path)
     monkeypatch.setattr(two_concepts, "ENTRIES", two_concepts.ENTRIES[:2])
     two_concepts.main(["--seeds", "1", "--output_dir", str(fitted), "--report_dir", str(tmp_path)])
     counted = json.loads((tmp_path / "two_concepts.json").read_text())
-    assert list(counted)[2:] == ["base model, two nouns", "Perfusion, β 0.7"]
+    assert list(counted)[2:] == ["base model, two nouns", "Perfusion, β 1.0"]
     for shares in counted.values():
         assert list(shares) == list(two_concepts.MEASURES)
         assert all(0 <= share["low"] <= share["mean"] <= share["high"] <= 1 for share in shares.values())

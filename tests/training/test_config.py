@@ -28,7 +28,7 @@ def test_what_must_be_given():
 
 def test_defaults_are_what_was_measured_to_be_best():
     config = FitConfig(**REQUIRED)
-    assert (config.value_learning_rate, config.embedding_learning_rate) == (0.02, 0.002)
+    assert (config.value_learning_rate, config.embedding_learning_rate) == (0.03, 0.003)
     assert (config.train_bias, config.train_temperature, config.train_batch_size) == (0.75, 0.1, 16)
     assert config.random_flip
 
