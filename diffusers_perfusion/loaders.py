@@ -302,19 +302,19 @@ class PerfusionLoaderMixin:
 
     def unload_perfusion(self) -> None:
         """Unload every concept and leave the pipeline as it was, its very attention processors included."""
-        state = get_state(_unet(self))
+        state = get_state(self.unet)
         if state is not None:
             state.words.disable()
             detach(self.unet)
 
     def list_perfusion(self) -> list[str]:
         """Names of the loaded concepts."""
-        state = get_state(_unet(self))
+        state = get_state(self.unet)
         return [] if state is None else list(state.loaded)
 
     def get_active_perfusion(self) -> list[str]:
         """Names of the concepts that edit; none while concepts are disabled."""
-        state = get_state(_unet(self))
+        state = get_state(self.unet)
         return [] if state is None or not state.enabled else list(state.active)
 
     def save_perfusion(
@@ -384,7 +384,7 @@ class PerfusionLoaderMixin:
         """Save the pipeline as the diffusers pipeline it is, which any diffusers loads, and its concepts beside it.
 
         The concepts go to `perfusion/<concept name>.safetensors`, from where `PerfusionPipeline.from_pretrained` of
-        the folder loads them again.
+        the folder loads them again, with any that were there before.
 
         Arguments are those of `DiffusionPipeline.save_pretrained`.
         """
@@ -392,15 +392,9 @@ class PerfusionLoaderMixin:
         plain = next(
             c for c in kind.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, PerfusionLoaderMixin)
         )
-        folder, state = Path(save_directory) / CONCEPTS, get_state(self.unet)
-        concepts = (
-            {} if state is None else {quote(name, safe=""): entry.concept for name, entry in state.loaded.items()}
-        )
-        for path in folder.glob("*.safetensors"):
-            if path.stem not in concepts:
-                path.unlink()  # of a pipeline that was saved here before
-        for name, concept in concepts.items():
-            concept.save(folder / f"{name}.safetensors")
+        if (state := get_state(self.unet)) is not None:
+            for name, entry in state.loaded.items():
+                entry.concept.save(Path(save_directory) / CONCEPTS / f"{quote(name, safe='')}.safetensors")
         with self._aside():
             # A pipeline is saved under the name of its class.
             self.__class__ = plain  # type: ignore[assignment]
@@ -416,7 +410,7 @@ class PerfusionLoaderMixin:
         Raises:
             ValueError: if somebody has added tokens to the tokenizer behind those of the concepts.
         """
-        state = get_state(_unet(self))
+        state = get_state(self.unet)
         if state is None:
             yield
             return
@@ -438,7 +432,7 @@ class PerfusionLoaderMixin:
         return state.loaded[concept_name].concept
 
     def _state(self, action: str) -> PerfusionState:
-        state = get_state(_unet(self))
+        state = get_state(self.unet)
         if state is None:
             raise ValueError(f"there is no concept to {action}; load one with load_perfusion() first")
         return state

@@ -370,3 +370,18 @@ def test_frames_of_a_film(components, make_concept):
     assert all(effect(*frames) > 1e-3 for frames in zip(edited[0], before[0], strict=True))
     pipe.unload_perfusion()
     assert torch.equal(draw(), before)
+
+
+def test_the_text_encoder_may_go_once_prompts_are_encoded(plain_pipeline, make_concept, generate):
+    pipe = add_perfusion(plain_pipeline)
+    pipe.load_perfusion(make_concept())
+    positive, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
+    arguments = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
+    ip_adapter(pipe)
+    expected = generate(PROMPTS, pipe, **arguments, ip_adapter_image_embeds=EMBEDS)
+    pipe.unload_ip_adapter()
+    pipe.text_encoder = None
+    ip_adapter(pipe)
+    assert torch.equal(generate(PROMPTS, pipe, **arguments, ip_adapter_image_embeds=EMBEDS), expected)
+    pipe.set_perfusion(bias=2.0)
+    assert effect(generate(PROMPTS, pipe, **arguments, ip_adapter_image_embeds=EMBEDS), expected) > 1e-3

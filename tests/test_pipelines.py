@@ -63,9 +63,6 @@ def test_concepts_are_saved_beside_the_models_and_come_back(pipeline, make_conce
     torch.testing.assert_close(generate(prompt, loaded), generate(prompt), atol=1e-2, rtol=0)  # saved in float16
     pipeline.unload_perfusion()
     assert (generate(prompt, loaded) - generate(prompt)).abs().max() > 0.05
-    loaded.delete_perfusion("dog")
-    loaded.save_pretrained(tmp_path)
-    assert PerfusionPipeline.from_pretrained(tmp_path).list_perfusion() == ["me/cat: 1"]
 
 
 def test_neither_order_changes_a_bit(pipeline, make_concept, generate):
