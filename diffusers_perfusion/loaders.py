@@ -1,10 +1,9 @@
 """`PerfusionLoaderMixin`: concepts on a diffusers pipeline, named and shaped like diffusers' own loaders."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 from urllib.parse import quote
@@ -16,6 +15,7 @@ from huggingface_hub import CommitInfo
 from PIL import Image
 from transformers import PreTrainedModel
 
+from .aside import AsideMixin
 from .attention import attach, check_concept_fits, cross_attention_layers, detach, get_state, replaced_layers
 from .concept import WEIGHT_NAME, PerfusionConcept, check_bias, check_temperature
 from .hub import find_concept_file, push_concept
@@ -23,21 +23,6 @@ from .state import LoadedConcept, Locking, PerfusionState
 from .text import ConceptWords
 
 logger = logging.get_logger(__name__)
-
-# Methods of pipelines that replace attention processors or count the tokenizer's words.
-_REPLACING = (
-    "load_ip_adapter",
-    "set_ip_adapter_scale",
-    "unload_ip_adapter",
-    "load_textual_inversion",
-    "unload_textual_inversion",
-    "enable_attention_slicing",
-    "disable_attention_slicing",
-    "enable_xformers_memory_efficient_attention",
-    "disable_xformers_memory_efficient_attention",
-    "fuse_qkv_projections",
-    "unfuse_qkv_projections",
-)
 
 # Folder for concepts beside the models of a pipeline.
 CONCEPTS = "perfusion"
@@ -77,7 +62,7 @@ def _unet(pipeline: Any) -> torch.nn.Module:
     return unet
 
 
-class PerfusionLoaderMixin:
+class PerfusionLoaderMixin(AsideMixin):
     """Load, set, switch and unload Perfusion concepts.
 
     Concepts stay with the UNet: a pipeline made of the same components (`from_pipe`) has them too.
@@ -86,26 +71,6 @@ class PerfusionLoaderMixin:
     unet: torch.nn.Module
     tokenizer: Any
     text_encoder: PreTrainedModel
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in _REPLACING:
-            if hasattr(cls, name):
-                setattr(cls, name, _without_concepts(getattr(cls, name)))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse another model or tokenizer while concepts are on the one there is, since they would stay behind."""
-        if name in ("unet", "text_encoder", "tokenizer") and value is not None:
-            current = getattr(self, name, None)
-            if (
-                getattr(value, "_orig_mod", value) is not current
-                and get_state(getattr(self, "unet", None)) is not None
-            ):
-                raise ValueError(
-                    f"concepts are loaded on this pipeline and would stay with its {name}; call unload_perfusion() "
-                    "before it gets another, and load them again"
-                )
-        super().__setattr__(name, value)
 
     def load_perfusion(
         self,
@@ -207,7 +172,7 @@ class PerfusionLoaderMixin:
 
         The settings hold until the next call, or for the body of a `with` statement:
 
-            with pipe.set_perfusion("my-cat", bias=0.6):
+            with pipe.set_perfusion("my-cat", bias=1.0):
                 image = pipe("a <my-cat> on the beach").images[0]
 
         Args:
@@ -384,7 +349,7 @@ class PerfusionLoaderMixin:
         """Save the pipeline as the diffusers pipeline it is, which any diffusers loads, and its concepts beside it.
 
         The concepts go to `perfusion/<concept name>.safetensors`, from where `PerfusionPipeline.from_pretrained` of
-        the folder loads them again, with any that were there before.
+        the folder loads them again, all active and with their own settings, and any that were there before.
 
         Arguments are those of `DiffusionPipeline.save_pretrained`.
         """
@@ -402,24 +367,6 @@ class PerfusionLoaderMixin:
                 plain.save_pretrained(self, save_directory, *args, **kwargs)
             finally:
                 self.__class__ = kind
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """The pipeline as it is without concepts, for diffusers to change; they come back around what it is then.
-
-        Raises:
-            ValueError: if somebody has added tokens to the tokenizer behind those of the concepts.
-        """
-        state = get_state(self.unet)
-        if state is None:
-            yield
-            return
-        with state.words.aside():
-            detach(self.unet)
-            try:
-                yield
-            finally:
-                attach(self.unet, state)
 
     def _one_concept(self, action: str, concept_name: str | None) -> PerfusionConcept:
         """The concept of that name, or the only one."""
@@ -449,17 +396,6 @@ class PerfusionLoaderMixin:
                 f"The attention processors of {len(replaced)} layers were replaced after concepts were loaded (now "
                 f"{', '.join(sorted(set(replaced.values())))}); call enable_perfusion() to put the concepts back."
             )
-
-
-def _without_concepts(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a pipeline, called while concepts are aside."""
-
-    @wraps(method)
-    def run(self: PerfusionLoaderMixin, *args: Any, **kwargs: Any) -> Any:
-        with self._aside():
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 def _one_each(name: str, value: Any, count: int) -> list[str | None]:

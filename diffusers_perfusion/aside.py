@@ -1,0 +1,80 @@
+"""`AsideMixin`: what diffusers does to a pipeline that has concepts, it does to the pipeline without them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+from .attention import attach, detach, get_state
+
+# Methods of pipelines that replace attention processors or count the tokenizer's words.
+REPLACING = (
+    "load_ip_adapter",
+    "set_ip_adapter_scale",
+    "unload_ip_adapter",
+    "load_textual_inversion",
+    "unload_textual_inversion",
+    "enable_attention_slicing",
+    "disable_attention_slicing",
+    "enable_xformers_memory_efficient_attention",
+    "disable_xformers_memory_efficient_attention",
+    "fuse_qkv_projections",
+    "unfuse_qkv_projections",
+)
+
+
+class AsideMixin:
+    """Put concepts aside while other methods of a pipeline replace what they hang on."""
+
+    unet: torch.nn.Module
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in REPLACING:
+            if hasattr(cls, name):
+                setattr(cls, name, _without_concepts(getattr(cls, name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another model or tokenizer while concepts are on the one there is, since they would stay behind."""
+        if name in ("unet", "text_encoder", "tokenizer") and value is not None:
+            current = getattr(self, name, None)
+            if (
+                getattr(value, "_orig_mod", value) is not current
+                and get_state(getattr(self, "unet", None)) is not None
+            ):
+                raise ValueError(
+                    f"concepts are loaded on this pipeline and would stay with its {name}; call unload_perfusion() "
+                    "before it gets another, and load them again"
+                )
+        super().__setattr__(name, value)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The pipeline as it is without concepts, for diffusers to change; they come back around what it is then.
+
+        Raises:
+            ValueError: if somebody has added tokens to the tokenizer behind those of the concepts.
+        """
+        state = get_state(self.unet)
+        if state is None:
+            yield
+            return
+        with state.words.aside():
+            detach(self.unet)
+            try:
+                yield
+            finally:
+                attach(self.unet, state)
+
+
+def _without_concepts(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a pipeline, called while concepts are aside."""
+
+    @wraps(method)
+    def run(self: AsideMixin, *args: Any, **kwargs: Any) -> Any:
+        with self._aside():
+            return method(self, *args, **kwargs)
+
+    return run
