@@ -21,9 +21,6 @@ from .loss import masked_loss, prediction_target, snr_weights
 # Slower than the paper's 0.99, for a little more identity at equal text alignment. At 1 two concepts of one
 # super-category would be parallel, and could not be in one prompt.
 EMA_DECAY = 0.997
-# Each timestep is the largest of this many even draws. More noise was measured to give more identity with a moving
-# average of 0.99, and as much as even draws with this one.
-TIMESTEP_DRAWS = 2
 NAME = "concept"
 
 
@@ -157,9 +154,7 @@ class Learner:
         return (
             torch.randint(len(latents), (count,), generator=generator),
             torch.randint(len(TEMPLATES), (count,), generator=generator),
-            torch.randint(
-                self.scheduler.config.num_train_timesteps, (count, TIMESTEP_DRAWS), generator=generator
-            ).amax(1),
+            torch.randint(self.scheduler.config.num_train_timesteps, (count,), generator=generator),
             torch.randn((count, *latents.shape[1:]), generator=generator),
         )
 

@@ -124,7 +124,7 @@ def test_nothing_of_the_machine_is_in_the_file(run, tmp_path, pipeline, model_fo
     "settings",
     [
         {"superclass": "teddy bear"},
-        {"snr_gamma": 0.1},
+        {"snr_gamma": 5.0},
         {"random_flip": False},
         {"center_crop": True},
         {"mask": "attention"},

@@ -155,13 +155,10 @@ def test_the_target_input_moves_once_a_step(make_learner, pipeline, c_inv, accum
         assert not learner.concept.target_input.requires_grad
 
 
-def test_timesteps_lean_to_noise(make_learner):
-    """Of two even draws the larger is at two thirds of all timesteps, and in the upper half three times in four."""
+def test_timesteps_are_even(make_learner):
     learner = make_learner(train_batch_size=4096)
     timesteps = learner._draw(0)[2] / learner.scheduler.config.num_train_timesteps
-    assert timesteps.mean() == pytest.approx(2 / 3, abs=0.02)
-    assert (timesteps > 0.5).float().mean() == pytest.approx(3 / 4, abs=0.03)
-    assert timesteps.min() >= 0 and timesteps.max() < 1
+    assert timesteps.histc(4, 0, 1) / 4096 == pytest.approx([1 / 4] * 4, abs=0.03)
 
 
 def test_a_step_sees_what_its_seed_and_number_say(make_learner):
@@ -218,7 +215,7 @@ def test_the_loss_falls(make_learner, pipeline, kind):
 def test_the_loss_is_weighted_by_noise_and_by_masks(make_learner):
     still = {"value_learning_rate": 0.0, "embedding_learning_rate": 0.0}
     plain = make_learner(**still, snr_gamma=0).step(0)
-    assert make_learner(**still, snr_gamma=0.01).step(0) != pytest.approx(plain, rel=1e-2)
+    assert make_learner(**still, snr_gamma=5).step(0) != pytest.approx(plain, rel=1e-2)
     assert make_learner(**still, snr_gamma=1e9).step(0) == pytest.approx(plain, rel=1e-5)
     learner = make_learner(**still, snr_gamma=0)
     learner.subject.masks[...] = 1

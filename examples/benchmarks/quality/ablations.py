@@ -36,9 +36,17 @@ def ema(decay):
     return partial(patch, "diffusers_perfusion.training.learner.EMA_DECAY", decay)
 
 
-def even_timesteps():
-    """All timesteps are equally likely, as in the paper."""
-    return patch("diffusers_perfusion.training.learner.TIMESTEP_DRAWS", 1)
+def noisier_timesteps():
+    """Each timestep is the larger of two."""
+    draw = Learner._draw
+
+    def noisier(self, index):
+        pictures, prompts, timesteps, noise = draw(self, index)
+        generator = torch.Generator().manual_seed(index)
+        others = torch.randint(self.scheduler.config.num_train_timesteps, timesteps.shape, generator=generator)
+        return pictures, prompts, timesteps.maximum(others), noise
+
+    return patch.object(Learner, "_draw", noisier)
 
 
 def padding_in_covariance():

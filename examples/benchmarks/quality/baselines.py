@@ -2,9 +2,9 @@
 
 Each is set up, saved and loaded by diffusers' and peft's own code, with what diffusers' example scripts train and how:
 `textual_inversion.py`, `train_dreambooth_lora.py` and `train_custom_diffusion.py`. The templates, the schedule and,
-for a seed, every picture and its template are those of a Perfusion fit. As in the scripts timesteps are even, unless
-`timestep_draws` says otherwise, and the loss sees all of a picture, unless the subject is read with its masks. No
-method gets pictures of the super-category besides (prior preservation), since Perfusion gets none.
+for a seed, every picture, its template, timestep and noise are those of a Perfusion fit. As in the scripts the loss
+sees all of a picture, unless the subject is read with its masks. No method gets pictures of the super-category besides
+(prior preservation), since Perfusion gets none.
 
     saved = METHODS["lora"].fit(
         pipeline, read_subject(pipeline, folder), "<my-robot>", "robot",
@@ -77,7 +77,6 @@ def train(
     batch_size=16,
     bf16=False,
     max_norm=None,
-    timestep_draws=1,
 ):
     """The steps of any method; returns `{step: folder}`.
 
@@ -95,7 +94,6 @@ def train(
         batch_size: pictures in a step.
         bf16: run the UNet in it; the text encoder, the parameters and the loss stay in float32.
         max_norm: of the gradients.
-        timestep_draws: each timestep is the largest of this many even ones; one as in the scripts.
     """
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES])
@@ -106,9 +104,7 @@ def train(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         pictures = torch.randint(len(subject.latents), (batch_size,), generator=generator)
         prompts = torch.randint(len(TEMPLATES), (batch_size,), generator=generator)
-        timesteps = torch.randint(
-            scheduler.config.num_train_timesteps, (batch_size, timestep_draws), generator=generator
-        ).amax(1)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
         noise = torch.randn((batch_size, *subject.latents.shape[1:]), generator=generator)
 
         chosen = F.one_hot(prompts, len(TEMPLATES)).float()

@@ -9,8 +9,8 @@ from typing import Any
 from ablations import (
     ema,
     equation_4,
-    even_timesteps,
     first_pictures,
+    noisier_timesteps,
     padding_in_covariance,
     tight_masks,
     trained_keys,
@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.training import FitConfig
 from diffusers_perfusion.training import fit as fit_perfusion
-from diffusers_perfusion.training.learner import TIMESTEP_DRAWS
 
 BIASES = (0.7, 1.0, 1.2, 1.3, 1.4, 1.6)
 SCALES = (0.4, 0.6, 0.8, 1.0)
@@ -242,7 +241,7 @@ PANELS = {
         changed("temperature 0.25", temperature=0.25),
         changed("training bias 0.5", train_bias=0.5),
         changed("training bias 1", train_bias=1.0),
-        changed("even timesteps", even_timesteps),
+        changed("noisier timesteps", noisier_timesteps),
         changed("min-SNR 5", snr_gamma=5.0),
         changed("EMA 0.99", ema(0.99)),
         changed("EMA 1", ema(1.0)),
@@ -250,7 +249,6 @@ PANELS = {
         changed("padding in C", padding_in_covariance),
         changed("one picture", pictures=1),
         LORA,
-        replace(LORA, name="lora4, noisier timesteps", options={"rank": 4, "timestep_draws": TIMESTEP_DRAWS}),
         lora_on("lora4, keys and values from text", 3e-3, r".*attn2\.to_[kv]"),
         lora_on("lora4, cross-attention", 2e-3, r".*attn2\.(to_k|to_q|to_v|to_out\.0)"),
         lora_on("lora4, self-attention", 1e-3, r".*attn1\.(to_k|to_q|to_v|to_out\.0)"),
