@@ -3,12 +3,13 @@
 from .attention import PerfusionAttnProcessor
 from .concept import PerfusionConcept
 from .loaders import PerfusionLoaderMixin, add_perfusion
-from .pipelines import PerfusionPipeline
+from .pipelines import PerfusionPipeline, PerfusionXLPipeline
 
 __all__ = [
     "PerfusionAttnProcessor",
     "PerfusionConcept",
     "PerfusionLoaderMixin",
     "PerfusionPipeline",
+    "PerfusionXLPipeline",
     "add_perfusion",
 ]

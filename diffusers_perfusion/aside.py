@@ -24,6 +24,9 @@ REPLACING = (
     "unfuse_qkv_projections",
 )
 
+# Components that concepts hang on.
+KEEPING = ("unet", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+
 
 class AsideMixin:
     """Put concepts aside while other methods of a pipeline replace what they hang on."""
@@ -38,7 +41,7 @@ class AsideMixin:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another model or tokenizer while concepts are on the one there is, since they would stay behind."""
-        if name in ("unet", "text_encoder", "tokenizer") and value is not None:
+        if name in KEEPING and value is not None:
             current = getattr(self, name, None)
             if (
                 getattr(value, "_orig_mod", value) is not current

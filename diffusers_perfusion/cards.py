@@ -95,9 +95,10 @@ def _code(repo_id: str, entry: CardEntry) -> str:
     return "\n".join(
         [
             "import torch",
-            "from diffusers_perfusion import PerfusionPipeline",
+            "from diffusers import DiffusionPipeline",
+            "from diffusers_perfusion import add_perfusion",
             "",
-            f"pipe = PerfusionPipeline.from_pretrained({entry.header.base_model!a}).to(torch.float32)",
+            f"pipe = add_perfusion(DiffusionPipeline.from_pretrained({entry.header.base_model!a})).to(torch.float32)",
             f"pipe.load_perfusion({repo_id!a}{where})",
             f"image = pipe({_prompt(entry)!a}).images[0]",
         ]

@@ -13,10 +13,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .concept import WEIGHT_NAME, PerfusionConcept, write_atomically
+from .families import text_encoders
 from .hub import find_concept_file, read_header, search_concepts
 from .loaders import add_perfusion
 from .pictures import read_pictures, slug
-from .pipelines import PerfusionPipeline
 
 INTERRUPTED = 130
 
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"perfusion: {error}", file=sys.stderr)
+        # Errors of the libraries have several lines.
+        print(f"perfusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -81,13 +82,7 @@ def fit(**settings: Any) -> None:
 
     config = FitConfig(**settings)
     accelerator = make_accelerator(config)
-    pipeline = PerfusionPipeline.from_pretrained(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
+    pipeline = _unchecked(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     concept = run_fit(pipeline, config, accelerator)
     if accelerator.is_main_process:
         print(f"{_describe(Path(config.output_dir) / 'perfusion.safetensors')}: {concept.placeholder_token}")
@@ -225,9 +220,7 @@ def sweep(
     path = find_concept_file(concept)
     held = PerfusionConcept.load(path)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    pipeline = PerfusionPipeline.from_pretrained(
-        pretrained_model_name_or_path, safety_checker=None, requires_safety_checker=False
-    )
+    pipeline = _unchecked(pretrained_model_name_or_path)
     _place(pipeline, accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -373,11 +366,19 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="For private and gated repositories; by default the stored one.")
 
 
+def _unchecked(base: str, **options: Any) -> Any:
+    """The pipeline of a base model, of whichever family, without the safety checker that some have."""
+    if "safety_checker" in DiffusionPipeline.load_config(base, revision=options.get("revision")):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    return add_perfusion(DiffusionPipeline.from_pretrained(base, **options))
+
+
 def _place(pipeline: Any, device: torch.device) -> None:
     """Put a pipeline on its device: in half precision, but in full precision on a CPU."""
     if device.type == "cpu":
         # Some releases of transformers keep the half precision that a text encoder was stored in; a CPU cannot use it.
-        pipeline.text_encoder.float()
+        for model in text_encoders(pipeline).models:
+            model.float()
     else:
         pipeline.to(device, torch.float16)
 

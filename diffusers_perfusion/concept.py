@@ -35,6 +35,7 @@ TEMPERATURE_BOUNDS = (0.01, 1.0)
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _VECTORS = ("word_embedding", "target_input", "inverse_target_input", "superclass_input")
+_OPTIONAL = ("word_embedding_2",)
 _OUTPUT_PREFIX = "target_outputs."
 
 
@@ -139,7 +140,7 @@ class ConceptHeader:
             layers={
                 name.removeprefix(_OUTPUT_PREFIX): shape[0]
                 for name, (_, shape) in tensors.items()
-                if name not in _VECTORS
+                if name.startswith(_OUTPUT_PREFIX)
             },
             dtype=_DTYPES[tensors["target_input"][0]],
         )
@@ -164,6 +165,7 @@ class PerfusionConcept:
         placeholder_token: the word that calls the concept in a prompt, such as `<my-cat>`.
         superclass: the super-category in plain words, such as `teddy bear`.
         word_embedding: `v*`, the input embedding of the word, `(d_word,)`.
+        word_embedding_2: the same for the second text encoder of a model that has two, such as SDXL.
         target_input: `i*`, where in text space the concept lives, `(d,)`.
         inverse_target_input: `C⁻¹ i*`, `(d,)`; its scale is free.
         superclass_input: `i_super`, the encoding of the super-category, `(d,)`. The locked key of a layer is
@@ -191,6 +193,7 @@ class PerfusionConcept:
     bias_range: tuple[float, float] = (0.8, 1.8)
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+    word_embedding_2: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_description(self)
@@ -212,10 +215,19 @@ class PerfusionConcept:
         """Width of the text encoding it edits, `d`: 768 for SD 1.x."""
         return len(self.target_input)
 
+    @property
+    def word_embeddings(self) -> list[Tensor]:
+        """`v*` for each text encoder."""
+        return [self.word_embedding] if self.word_embedding_2 is None else [self.word_embedding, self.word_embedding_2]
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The tensors that do not belong to a layer, by their names in the file."""
+        vectors = {name: getattr(self, name) for name in (*_VECTORS, *_OPTIONAL)}
+        return {name: vector for name, vector in vectors.items() if vector is not None}
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name in the file."""
-        for name in _VECTORS:
-            yield name, getattr(self, name)
+        yield from self.vectors().items()
         for layer, tensor in self.target_outputs.items():
             yield _OUTPUT_PREFIX + layer, tensor
 
@@ -223,7 +235,7 @@ class PerfusionConcept:
         """The same concept with every tensor passed through `Tensor.to`."""
         return replace(
             self,
-            **{name: getattr(self, name).to(*args, **kwargs) for name in _VECTORS},
+            **{name: vector.to(*args, **kwargs) for name, vector in self.vectors().items()},
             target_outputs={layer: tensor.to(*args, **kwargs) for layer, tensor in self.target_outputs.items()},
         )
 
@@ -243,7 +255,7 @@ class PerfusionConcept:
         header = {
             name: getattr(self, name)
             for name in (f.name for f in fields(self))
-            if name not in _VECTORS and name != "target_outputs"
+            if name not in (*_VECTORS, *_OPTIONAL, "target_outputs")
         }
         return tensors | {HEADER_KEY: json.dumps({"format_version": FORMAT_VERSION, "width": self.width} | header)}
 
@@ -264,9 +276,11 @@ class PerfusionConcept:
         width = header.pop("width")
         concept = cls(
             **header,
-            **{name: tensors[name] for name in _VECTORS},
+            **{name: tensor for name, tensor in tensors.items() if not name.startswith(_OUTPUT_PREFIX)},
             target_outputs={
-                name.removeprefix(_OUTPUT_PREFIX): tensor for name, tensor in tensors.items() if name not in _VECTORS
+                name.removeprefix(_OUTPUT_PREFIX): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(_OUTPUT_PREFIX)
             },
         )
         if concept.width != width:
@@ -371,7 +385,8 @@ def _umask() -> int:
 
 def _check_names(names: Any) -> None:
     missing = [name for name in _VECTORS if name not in names]
-    unexpected = [name for name in names if name not in _VECTORS and not name.startswith(_OUTPUT_PREFIX)]
+    known = (*_VECTORS, *_OPTIONAL)
+    unexpected = [name for name in names if name not in known and not name.startswith(_OUTPUT_PREFIX)]
     if missing or unexpected:
         raise ValueError(f"tensors missing: {missing}; not expected: {unexpected[:5]}")
 

@@ -23,11 +23,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from .captions import generate_captions
 from .concept import write_atomically
-from .text import encode
+from .text import TextEncoders
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +50,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
 
 
 @torch.no_grad()
-def second_moment(tokenizer: Any, text_encoder: PreTrainedModel, captions: Iterable[str]) -> Tensor:
+def second_moment(texts: TextEncoders, captions: Iterable[str]) -> Tensor:
     """`C` over all real tokens of some captions, `(d, d)` in float64.
 
     Captions are streamed in batches and their products summed in float64.
@@ -64,12 +63,15 @@ def second_moment(tokenizer: Any, text_encoder: PreTrainedModel, captions: Itera
     captions = iter(captions)
     with tqdm(desc="Covariance of text encodings", unit=" captions") as progress:
         while batch := list(itertools.islice(captions, BATCH_SIZE)):
-            # To the longest of the batch only: the text encoder is causal, so padding cannot change what precedes it.
-            tokens = tokenizer(
-                batch, padding=True, max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-            )
-            e = encode(text_encoder, tokens.input_ids)
-            e = e[tokens.attention_mask.bool().to(e.device)].cpu().double()  # some accelerators have no float64
+            # To the longest of the batch only: text encoders are causal, so padding cannot change what precedes it.
+            tokens = [
+                tokenizer(
+                    batch, padding=True, max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+                )
+                for tokenizer in texts.tokenizers
+            ]
+            e = texts.encode([part.input_ids for part in tokens]).states
+            e = e[tokens[0].attention_mask.bool().to(e.device)].cpu().double()  # some accelerators have no float64
             total = e.T @ e if total is None else total + e.T @ e
             count += len(e)
             progress.update(len(batch))
@@ -136,37 +138,36 @@ def load_covariance(path: str | os.PathLike) -> Tensor:
         raise ValueError(f"{path} is not a covariance file: {error}") from error
 
 
-def cached_covariance(
-    tokenizer: Any, text_encoder: PreTrainedModel, captions: str | os.PathLike | None = None
-) -> Tensor:
-    """`C` of a text encoder over a captions file, `(d, d)` in float32, kept under the Hugging Face cache.
+def cached_covariance(texts: TextEncoders, captions: str | os.PathLike | None = None) -> Tensor:
+    """`C` of text encoders over a captions file, `(d, d)` in float32, kept under the Hugging Face cache.
 
-    The key is a hash of the text encoder's weights, of the tokenizer and of the captions.
+    The key is a hash of the text encoders' weights, of the tokenizers and of the captions.
 
     Args:
-        tokenizer: of the model.
-        text_encoder: of the model.
+        texts: of the model.
         captions: a file with one caption a line; by default captions are generated (`generate_captions`).
     """
     lines = list(generate_captions()) if captions is None else read_captions(captions)
-    key = hashlib.sha256(_fingerprint(tokenizer, text_encoder) + "\n".join(lines).encode()).hexdigest()[:32]
+    key = hashlib.sha256(_fingerprint(texts) + "\n".join(lines).encode()).hexdigest()[:32]
     path = Path(HF_HOME) / "perfusion" / f"covariance-{key}.safetensors"
     if path.is_file():
         try:
             return load_covariance(path)
         except ValueError as error:
             logger.warning(f"{error}. It is computed again.")
-    covariance = second_moment(tokenizer, text_encoder, lines).float().cpu()
+    covariance = second_moment(texts, lines).float().cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, serialize({"covariance": covariance}))
     return covariance
 
 
-def _fingerprint(tokenizer: Any, text_encoder: PreTrainedModel) -> bytes:
+def _fingerprint(texts: TextEncoders) -> bytes:
     """Hash of what decides an encoding: the weights, the vocabulary, and how some text is split."""
-    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
-    digest.update(repr(tokenizer("a photo of two Teddy bears, café")["input_ids"]).encode())
-    for name, tensor in sorted(text_encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    digest = hashlib.sha256(repr(texts.layer).encode())
+    for tokenizer, model in zip(texts.tokenizers, texts.models, strict=True):
+        digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+        digest.update(repr(tokenizer("a photo of two Teddy bears, café")["input_ids"]).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

@@ -6,21 +6,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 from PIL import Image
-from transformers import PreTrainedModel
 
 from .aside import AsideMixin
-from .attention import attach, check_concept_fits, cross_attention_layers, detach, get_state, replaced_layers
+from .attention import attach, check_concept_fits, detach, get_state, replaced_layers
 from .concept import WEIGHT_NAME, PerfusionConcept, check_bias, check_temperature
+from .families import text_encoders
 from .hub import find_concept_file, push_concept
 from .state import LoadedConcept, Locking, PerfusionState
-from .text import ConceptWords
+from .text import TextEncoders
+from .words import Vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -40,26 +41,10 @@ def add_perfusion(pipeline: Pipeline) -> Pipeline:
         ValueError: if the model has no cross-attention from text.
     """
     if not isinstance(pipeline, PerfusionLoaderMixin):
-        _unet(pipeline)
+        text_encoders(pipeline)
         kind = type(pipeline)
         pipeline.__class__ = type(kind.__name__, (PerfusionLoaderMixin, kind), {"__module__": kind.__module__})
     return pipeline
-
-
-def _unet(pipeline: Any) -> torch.nn.Module:
-    """The model that concepts are edited into."""
-    unet = getattr(pipeline, "unet", None)
-    if unet is None:
-        model = type(getattr(pipeline, "transformer", None) or pipeline).__name__
-        raise ValueError(
-            f"{type(pipeline).__name__} has no UNet with cross-attention from text, and Perfusion cannot edit "
-            f"{model}; expected a pipeline such as StableDiffusionPipeline"
-        )
-    for name in ("tokenizer", "text_encoder"):
-        if getattr(pipeline, name, None) is None:
-            raise ValueError(f"{type(pipeline).__name__} has no {name}, which has to learn the words of concepts")
-    cross_attention_layers(unet)
-    return unet
 
 
 class PerfusionLoaderMixin(AsideMixin):
@@ -69,8 +54,14 @@ class PerfusionLoaderMixin(AsideMixin):
     """
 
     unet: torch.nn.Module
-    tokenizer: Any
-    text_encoder: PreTrainedModel
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As the pipeline's own; of a folder also the concepts that were saved in it."""
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        for path in sorted((Path(pretrained_model_name_or_path) / CONCEPTS).glob("*.safetensors")):
+            pipeline.load_perfusion(path, unquote(path.stem))
+        return pipeline
 
     def load_perfusion(
         self,
@@ -107,7 +98,7 @@ class PerfusionLoaderMixin(AsideMixin):
             ValueError: if the file is no valid concept, is made for another model, or its name or word is taken. Then
                 none of a list is loaded.
         """
-        unet = _unet(self)
+        unet, texts = self.unet, text_encoders(self)
         sources: Sequence[Any] = source if isinstance(source, (list, tuple)) else [source]
         names = _one_each("concept_name", concept_name, len(sources))
         words = _one_each("placeholder_token", placeholder_token, len(sources))
@@ -141,15 +132,15 @@ class PerfusionLoaderMixin(AsideMixin):
         loaded: list[str] = []
         try:
             for name, concept in concepts.items():
-                self._add_concept(name, concept)
+                self._add_concept(name, concept, texts)
                 loaded.append(name)
         except Exception:
             self.delete_perfusion(loaded)
             raise
 
-    def _add_concept(self, name: str, concept: PerfusionConcept) -> None:
-        state = get_state(self.unet) or PerfusionState(ConceptWords(self.tokenizer, self.text_encoder))
-        state.words.add(concept.placeholder_token, concept.word_embedding, concept.superclass)
+    def _add_concept(self, name: str, concept: PerfusionConcept, texts: TextEncoders) -> None:
+        state = get_state(self.unet) or PerfusionState(Vocabulary(texts))
+        state.words.add(concept.placeholder_token, concept.word_embeddings, concept.superclass)
         if get_state(self.unet) is None:
             attach(self.unet, state)
         state.loaded[name] = LoadedConcept(concept, torch.tensor(concept.bias), torch.tensor(concept.temperature))

@@ -11,12 +11,12 @@ from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 from PIL import Image, ImageOps
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from .attention import cross_attention_layers
+from .families import family_of, text_encoders
 from .pictures import Picture, eight_bits, encode_latents, to_tensor
-from .text import encode, superclass_ids, tokenize
+from .text import superclass_positions
 
 logger = logging.get_logger(__name__)
 
@@ -70,9 +70,7 @@ def subject_masks(
         latents = encode_latents(pipeline.vae, to_tensor([picture.image for picture in pictures]))
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         return (
-            attention_masks(
-                pipeline.unet, scheduler, pipeline.tokenizer, pipeline.text_encoder, latents, superclass, seed
-            ),
+            attention_masks(pipeline, scheduler, latents, superclass, seed),
             source,
         )
     if source == "clipseg":
@@ -137,10 +135,8 @@ def clipseg_masks(
 
 @torch.no_grad()
 def attention_masks(
-    unet: nn.Module,
+    pipeline: Any,
     scheduler: Any,
-    tokenizer: Any,
-    text_encoder: PreTrainedModel,
     latents: Tensor,
     superclass: str,
     seed: int = 0,
@@ -151,20 +147,19 @@ def attention_masks(
     resolutions attend to at its tokens is averaged over heads, layers, noises and noise levels.
 
     Args:
-        unet: of the base model.
+        pipeline: of the base model.
         scheduler: of the base model, with `add_noise`.
-        tokenizer: of the base model.
-        text_encoder: of the base model.
         latents: of the pictures, `(N, channels, h, w)`.
         superclass: what to look for.
         seed: of the noise.
     """
-    wanted = torch.tensor(superclass_ids(tokenizer, superclass))
-    ids = tokenize(tokenizer, [f"a photo of a {superclass}"])
-    start = int((ids[0].unfold(0, len(wanted), 1) == wanted).all(-1).nonzero()[0, 0])
-    tokens = slice(start, start + len(wanted))
+    unet, texts = pipeline.unet, text_encoders(pipeline)
+    ids = texts.tokenize([f"a photo of a {superclass}"] * len(latents))
+    tokens = superclass_positions(texts.tokenizers[0], superclass, ids[0][:1])[0]
     recorded: dict[int, list[Tensor]] = {}
-    encodings = encode(text_encoder, ids).to(latents).expand(len(latents), -1, -1)
+    encoding = texts.encode(ids)
+    states = encoding.states.to(latents)
+    conditions = family_of(pipeline).conditions(encoding.pooled, latents.shape[-1] * pipeline.vae_scale_factor)
     generator = torch.Generator().manual_seed(seed)
     layers = cross_attention_layers(unet)
     processors = {name: layer.processor for name, layer in layers.items()}
@@ -175,7 +170,8 @@ def attention_masks(
             timestep = torch.tensor(int(level * scheduler.config.num_train_timesteps), device=latents.device)
             for _ in range(_NOISES):
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
-                unet(scheduler.add_noise(latents, noise, timestep), timestep, encoder_hidden_states=encodings)
+                noisy = scheduler.add_noise(latents, noise, timestep)
+                unet(noisy, timestep, encoder_hidden_states=states, **conditions)
     finally:
         for name, layer in layers.items():
             layer.set_processor(processors[name])
@@ -196,7 +192,7 @@ class _RecordingProcessor:
         maps: where it is kept: maps `(batch, 1, h, w)` by the side of the map.
     """
 
-    def __init__(self, processor: Any, tokens: slice, maps: dict[int, list[Tensor]]):
+    def __init__(self, processor: Any, tokens: Tensor, maps: dict[int, list[Tensor]]):
         self.processor, self.tokens, self.maps = processor, tokens, maps
 
     def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Tensor:

@@ -1,25 +1,16 @@
-"""Diffusers pipelines with concepts."""
+"""Diffusers pipelines with concepts.
 
-import os
-from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
+For a pipeline that exists already, or of another class, see `add_perfusion`.
+"""
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from .loaders import CONCEPTS, PerfusionLoaderMixin
+from .loaders import PerfusionLoaderMixin
 
 
 class PerfusionPipeline(PerfusionLoaderMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that loads Perfusion concepts.
+    """`StableDiffusionPipeline` that loads Perfusion concepts."""
 
-    For a pipeline that exists already, or of another class, see `add_perfusion`.
-    """
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As `StableDiffusionPipeline.from_pretrained`; of a folder also the concepts that were saved in it."""
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        for path in sorted((Path(pretrained_model_name_or_path) / CONCEPTS).glob("*.safetensors")):
-            pipeline.load_perfusion(path, unquote(path.stem))
-        return pipeline
+class PerfusionXLPipeline(PerfusionLoaderMixin, StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` that loads Perfusion concepts."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .concept import PerfusionConcept
 from .editing import ParallelConceptsError, gates
-from .text import ConceptWords
+from .words import Vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -79,9 +79,9 @@ class PerfusionState:
         edit: for the current text encoding; None if no row of it holds an active concept's word.
     """
 
-    def __init__(self, words: ConceptWords) -> None:
+    def __init__(self, words: Vocabulary) -> None:
         self.words = words
-        words.on_encoding = self.mark
+        words.listen(self.mark)
         self.loaded: dict[str, LoadedConcept] = {}
         self.active: list[str] = []
         self.enabled = True
@@ -106,7 +106,7 @@ class PerfusionState:
         self._source = None
 
     def mark(self, encoding: Tensor, words: tuple[str, ...], twin: Tensor | None) -> None:
-        """Remember that a text encoding `(length, d)` is of a prompt with these concept words.
+        """Remember that the text encoding `(length, d)` of one text encoder is of a prompt with these concept words.
 
         A pipeline repeats, concatenates and casts encodings before the UNet gets them, and a user may keep them for
         another call, so they are known again by their content.
@@ -137,15 +137,20 @@ class PerfusionState:
             return
         self.refresh()
         if self.enabled and self.active:
-            words = [self._words_of.get(_digest(row), ()) for row in encodings] if words is None else words
+            words = [self._words_in(row) for row in encodings] if words is None else words
             self.edit = self._make_edit(encodings, words)
         self._source = (weakref.ref(encodings), version)
+
+    def _words_in(self, encoding: Tensor) -> tuple[str, ...]:
+        """The concept words in the prompts that an encoding `(length, d)` was made of."""
+        parts = encoding.split(self.words.widths, -1)
+        return tuple(word for part in parts for word in self._words_of.get(_digest(part), ()))
 
     def _make_edit(self, encodings: Tensor, words: Sequence[tuple[str, ...]]) -> Edit | None:
         by_word = {self.loaded[name].concept.placeholder_token: name for name in self.active}
         rows_of: dict[tuple[str, ...], list[int]] = {}
         for row, held in enumerate(words):
-            if names := tuple(sorted(by_word[word] for word in held if word in by_word)):
+            if names := tuple(sorted({by_word[word] for word in held if word in by_word})):
                 rows_of.setdefault(names, []).append(row)
         if not rows_of:
             self._warn_unseen()
@@ -198,14 +203,20 @@ class PerfusionState:
         """The encodings with some rows replaced by their super-category twins."""
         keys = encodings.clone()
         for row in rows:
-            twin = self._twin_of.get(_digest(encodings[row]))
-            if twin is None:
-                raise ValueError(
-                    "global key-locking needs the prompt's super-category twin, which is encoded with the prompt; "
-                    "encode the prompt after set_perfusion(locking='global')"
-                )
-            keys[row] = twin.to(keys)
+            keys[row] = torch.cat([self._twin(part) for part in encodings[row].split(self.words.widths, -1)], -1)
         return keys
+
+    def _twin(self, encoding: Tensor) -> Tensor:
+        """The twin of one text encoder's encoding `(length, d)`: itself, if no concept word was in its prompt."""
+        digest = _digest(encoding)
+        if digest not in self._words_of:
+            return encoding
+        if digest not in self._twin_of:
+            raise ValueError(
+                "global key-locking needs the prompt's super-category twin, which is encoded with the prompt; "
+                "encode the prompt after set_perfusion(locking='global')"
+            )
+        return self._twin_of[digest].to(encoding)
 
     def _warn_unseen(self) -> None:
         if self._unseen:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
@@ -23,8 +25,9 @@ from transformers import (
     ViTModel,
 )
 
-from diffusers_perfusion import PerfusionConcept, PerfusionPipeline
+from diffusers_perfusion import PerfusionConcept, PerfusionPipeline, PerfusionXLPipeline
 from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.families import text_encoders
 from diffusers_perfusion.text import superclass_input
 
 # Tiny models gain nothing from more threads, which would wait for each other on a busy machine.
@@ -96,7 +99,7 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def make_unet(seed=0, cross_attention_dim=WIDTH, channels=(16, 32)):
+def make_unet(seed=0, cross_attention_dim=WIDTH, channels=(16, 32), **settings):
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=8,
@@ -109,7 +112,27 @@ def make_unet(seed=0, cross_attention_dim=WIDTH, channels=(16, 32)):
         cross_attention_dim=cross_attention_dim,
         attention_head_dim=2,
         norm_num_groups=4,
+        **settings,
     ).eval()
+
+
+def make_text_encoder(tokenizer, kind=CLIPTextModel, width=WIDTH, seed=0, **settings):
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text_encoder = kind(CLIPTextConfig(**config | settings)).eval()
+    # Initial weights are so small that every token is encoded alike.
+    text_encoder.get_input_embeddings().weight.data *= 30
+    return text_encoder
 
 
 def make_vae(kind=AutoencoderTiny, seed=0):
@@ -135,25 +158,9 @@ def make_vae(kind=AutoencoderTiny, seed=0):
 def components(tokenizer_folder):
     """Parts of a Stable Diffusion pipeline: 16×16 pictures, 8×8 latents, text of width 32 and length 24."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    torch.manual_seed(0)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).eval()
-    # Initial weights are so small that every token is encoded alike.
-    text_encoder.get_input_embeddings().weight.data *= 30
     return {
         "vae": make_vae(),
-        "text_encoder": text_encoder,
+        "text_encoder": make_text_encoder(tokenizer),
         "tokenizer": tokenizer,
         "unet": make_unet(),
         "scheduler": DDIMScheduler(
@@ -182,34 +189,65 @@ def plain_pipeline(components):
 
 
 @pytest.fixture
+def xl_components(components, tokenizer_folder):
+    """Parts of a Stable Diffusion XL pipeline, which differ from the other as the published ones do."""
+    tokenizer_2 = CLIPTokenizer.from_pretrained(tokenizer_folder, pad_token="!")
+    kept = ("vae", "text_encoder", "tokenizer", "scheduler")
+    return {name: components[name] for name in kept} | {
+        # The published encoder names 2 for the end of a prompt, and takes the highest id instead.
+        "text_encoder_2": make_text_encoder(
+            tokenizer_2, CLIPTextModelWithProjection, 24, seed=1, eos_token_id=2, projection_dim=16
+        ),
+        "tokenizer_2": tokenizer_2,
+        "unet": make_unet(
+            cross_attention_dim=WIDTH + 24,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16 + 6 * 8,
+        ),
+    }
+
+
+@pytest.fixture
+def xl_pipeline(xl_components):
+    """A tiny `PerfusionXLPipeline`."""
+    pipeline = PerfusionXLPipeline(**xl_components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields):
+    """A concept for a pipeline with random numbers, so that it has an effect and two seeds differ."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    texts = text_encoders(pipeline)
+    i_super = superclass_input(texts, superclass)
+    i_star = i_super + 0.3 * random(texts.width)
+    embeddings = [random(model.config.hidden_size) for model in texts.models]
+    return PerfusionConcept(
+        **{
+            "placeholder_token": word,
+            "superclass": superclass,
+            **dict(zip(("word_embedding", "word_embedding_2"), embeddings, strict=False)),
+            "target_input": i_star,
+            "inverse_target_input": i_star + 0.3 * random(texts.width),
+            "superclass_input": i_super,
+            "target_outputs": {
+                name: random(layer.inner_kv_dim) for name, layer in cross_attention_layers(pipeline.unet).items()
+            },
+            "base_model": "tiny",
+            **fields,
+        }
+    )
+
+
+@pytest.fixture
 def make_concept(pipeline):
-    """Make a concept for `pipeline` with random numbers, so that it has an effect and two seeds differ."""
-
-    def make(word="<my-cat>", superclass="cat", seed=0, **fields):
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape):
-            return torch.randn(*shape, generator=generator)
-
-        i_super = superclass_input(pipeline.tokenizer, pipeline.text_encoder, superclass)
-        i_star = i_super + 0.3 * random(WIDTH)
-        return PerfusionConcept(
-            **{
-                "placeholder_token": word,
-                "superclass": superclass,
-                "word_embedding": random(WIDTH),
-                "target_input": i_star,
-                "inverse_target_input": i_star + 0.3 * random(WIDTH),
-                "superclass_input": i_super,
-                "target_outputs": {
-                    name: random(layer.inner_kv_dim) for name, layer in cross_attention_layers(pipeline.unet).items()
-                },
-                "base_model": "tiny",
-                **fields,
-            }
-        )
-
-    return make
+    """Make a random concept for `pipeline`."""
+    return partial(random_concept, pipeline)
 
 
 @pytest.fixture

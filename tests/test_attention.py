@@ -25,7 +25,8 @@ from diffusers_perfusion.attention import (
     replaced_layers,
 )
 from diffusers_perfusion.state import LoadedConcept, PerfusionState
-from diffusers_perfusion.text import ConceptWords
+from diffusers_perfusion.text import TextEncoders
+from diffusers_perfusion.words import Vocabulary
 
 LENGTH, WIDTH = 24, 32
 PROCESSORS = {
@@ -42,7 +43,7 @@ def unet(components):
 
 @pytest.fixture
 def state(components):
-    return PerfusionState(ConceptWords(components["tokenizer"], components["text_encoder"]))
+    return PerfusionState(Vocabulary(TextEncoders([components["tokenizer"]], [components["text_encoder"]])))
 
 
 @pytest.fixture

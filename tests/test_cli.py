@@ -276,7 +276,6 @@ def test_what_is_pushed_can_have_a_sweep(sweep_arguments, concepts, monkeypatch,
 
 def test_info_needs_no_model(concepts, capsys, monkeypatch):
     monkeypatch.setattr(cli, "DiffusionPipeline", None)
-    monkeypatch.setattr(cli, "PerfusionPipeline", None)
     path = Path(concepts[0])
     concept = PerfusionConcept.load(path)
     concept.training = {"steps": 42}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from conftest import WIDTH, make_vae
+from conftest import make_vae, random_concept
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -21,11 +21,18 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPAGPipeline,
+    StableDiffusionXLPipeline,
 )
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.families import text_encoders
 
 PROMPTS = ["a <my-cat> on the beach", "a cat on the beach"]
 
@@ -56,45 +63,91 @@ def mask():
     return (image(2, 1) > 0.5).float()
 
 
-# A pipeline of components, and what it is called with.
+# By family, what makes a pipeline of components, and what it is called with.
 PIPELINES = {
-    "text to image": (lambda parts: StableDiffusionPipeline(**parts), lambda: {}),
-    "image to image": (
-        lambda parts: StableDiffusionImg2ImgPipeline(**parts),
-        lambda: {"image": image(), "strength": 0.9},
-    ),
-    "inpainting": (
-        lambda parts: StableDiffusionInpaintPipeline(**parts),
-        lambda: {"image": image(), "mask_image": mask(), "height": 16, "width": 16},
-    ),
-    "ControlNet": (lambda parts: StableDiffusionControlNetPipeline(**controlnet(parts)), lambda: {"image": image()}),
-    "ControlNet image to image": (
-        lambda parts: StableDiffusionControlNetImg2ImgPipeline(**controlnet(parts)),
-        lambda: {"image": image(), "control_image": image(1), "strength": 0.9},
-    ),
-    "ControlNet inpainting": (
-        lambda parts: StableDiffusionControlNetInpaintPipeline(**controlnet(parts)),
-        lambda: {"image": image(), "mask_image": mask(), "control_image": image(1), "height": 16, "width": 16},
-    ),
-    "PAG": (
-        lambda parts: StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"]),
-        lambda: {"pag_scale": 2.0},
-    ),
-    "LCM without guidance": (scheduled(LCMScheduler), lambda: {"guidance_scale": 1.0}),
-    "v-prediction": (scheduled(EulerAncestralDiscreteScheduler, prediction_type="v_prediction"), lambda: {}),
-    "DPM-Solver++ with guidance rescale": (scheduled(DPMSolverMultistepScheduler), lambda: {"guidance_rescale": 0.7}),
-    "several of each prompt": (
-        lambda parts: StableDiffusionPipeline(**parts),
-        lambda: {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]},
-    ),
+    "Stable Diffusion": {
+        "text to image": (lambda parts: StableDiffusionPipeline(**parts), lambda: {}),
+        "image to image": (
+            lambda parts: StableDiffusionImg2ImgPipeline(**parts),
+            lambda: {"image": image(), "strength": 0.9},
+        ),
+        "inpainting": (
+            lambda parts: StableDiffusionInpaintPipeline(**parts),
+            lambda: {"image": image(), "mask_image": mask(), "height": 16, "width": 16},
+        ),
+        "ControlNet": (
+            lambda parts: StableDiffusionControlNetPipeline(**controlnet(parts)),
+            lambda: {"image": image()},
+        ),
+        "ControlNet image to image": (
+            lambda parts: StableDiffusionControlNetImg2ImgPipeline(**controlnet(parts)),
+            lambda: {"image": image(), "control_image": image(1), "strength": 0.9},
+        ),
+        "ControlNet inpainting": (
+            lambda parts: StableDiffusionControlNetInpaintPipeline(**controlnet(parts)),
+            lambda: {"image": image(), "mask_image": mask(), "control_image": image(1), "height": 16, "width": 16},
+        ),
+        "PAG": (
+            lambda parts: StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"]),
+            lambda: {"pag_scale": 2.0},
+        ),
+        "LCM without guidance": (scheduled(LCMScheduler), lambda: {"guidance_scale": 1.0}),
+        "v-prediction": (scheduled(EulerAncestralDiscreteScheduler, prediction_type="v_prediction"), lambda: {}),
+        "DPM-Solver++ with guidance rescale": (
+            scheduled(DPMSolverMultistepScheduler),
+            lambda: {"guidance_rescale": 0.7},
+        ),
+        "several of each prompt": (
+            lambda parts: StableDiffusionPipeline(**parts),
+            lambda: {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]},
+        ),
+    },
+    "Stable Diffusion XL": {
+        "text to image": (lambda parts: StableDiffusionXLPipeline(**parts), lambda: {}),
+        "image to image": (
+            lambda parts: StableDiffusionXLImg2ImgPipeline(**parts),
+            lambda: {"image": image(), "strength": 0.9},
+        ),
+        "inpainting": (
+            lambda parts: StableDiffusionXLInpaintPipeline(**parts),
+            lambda: {"image": image(), "mask_image": mask(), "height": 16, "width": 16},
+        ),
+        "ControlNet": (
+            lambda parts: StableDiffusionXLControlNetPipeline(**controlnet(parts)),
+            lambda: {"image": image()},
+        ),
+        "ControlNet image to image": (
+            lambda parts: StableDiffusionXLControlNetImg2ImgPipeline(**controlnet(parts)),
+            lambda: {"image": image(), "control_image": image(1), "strength": 0.9},
+        ),
+        "PAG": (
+            lambda parts: StableDiffusionXLPAGPipeline(**parts, pag_applied_layers=["mid"]),
+            lambda: {"pag_scale": 2.0},
+        ),
+        "without guidance": (lambda parts: StableDiffusionXLPipeline(**parts), lambda: {"guidance_scale": 1.0}),
+        "two prompts": (
+            lambda parts: StableDiffusionXLPipeline(**parts),
+            lambda: {"prompt_2": ["a picture of a dog"] * 2, "negative_prompt": ["a beach"] * 2},
+        ),
+        "several of each prompt": (
+            lambda parts: StableDiffusionXLPipeline(**parts),
+            lambda: {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]},
+        ),
+    },
 }
+COMPONENTS = {"Stable Diffusion": "components", "Stable Diffusion XL": "xl_components"}
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.fixture
+def parts(family, request):
+    return request.getfixturevalue(COMPONENTS[family])
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, kinds in PIPELINES.items() for name in kinds])
 @pytest.mark.parametrize("locking", ["local", "global"])
-def test_a_concept_in_a_pipeline(components, make_concept, generate, name, locking):
-    make, arguments = PIPELINES[name]
-    pipe = make(components)
+def test_a_concept_in_a_pipeline(parts, family, generate, name, locking):
+    make, arguments = PIPELINES[family][name]
+    pipe = make(parts)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
@@ -103,7 +156,7 @@ def test_a_concept_in_a_pipeline(components, make_concept, generate, name, locki
     processors = dict(pipe.unet.attn_processors)
     before = draw()
     with_word, plain = before.chunk(2)
-    add_perfusion(pipe).load_perfusion(make_concept())
+    add_perfusion(pipe).load_perfusion(random_concept(pipe))
     pipe.set_perfusion(locking=locking)
     edited = draw()
     assert torch.equal(edited.chunk(2)[1], plain)
@@ -140,16 +193,25 @@ def fused_lora(pipe):
 
 
 def textual_inversion(pipe):
-    pipe.load_textual_inversion({"<style>": torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))})
+    texts = text_encoders(pipe)
+    for tokenizer, model in zip(texts.tokenizers, texts.models, strict=True):
+        vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        pipe.load_textual_inversion({"<style>": vector}, tokenizer=tokenizer, text_encoder=model)
+
+
+def no_textual_inversion(pipe):
+    texts = text_encoders(pipe)
+    for tokenizer, model in zip(texts.tokenizers, texts.models, strict=True):
+        pipe.unload_textual_inversion(tokenizer=tokenizer, text_encoder=model)
 
 
 def model_offload(pipe):
-    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+    for model in (*text_encoders(pipe).models, pipe.unet, pipe.vae):
         cpu_offload_with_hook(model, execution_device="cpu")
 
 
 def sequential_offload(pipe):
-    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+    for model in (*text_encoders(pipe).models, pipe.unet, pipe.vae):
         cpu_offload(model, execution_device=torch.device("cpu"))
 
 
@@ -169,15 +231,16 @@ def ip_adapter(pipe):
         return torch.randn(*shape, generator=generator)
 
     widths = [layer.inner_kv_dim for layer in cross_attention_layers(pipe.unet).values()]
+    text = pipe.unet.config.cross_attention_dim
     weights = {
         "image_proj": {
-            "proj.weight": random(4 * WIDTH, 12),
-            "proj.bias": random(4 * WIDTH),
-            "norm.weight": random(WIDTH),
-            "norm.bias": random(WIDTH),
+            "proj.weight": random(4 * text, 12),
+            "proj.bias": random(4 * text),
+            "norm.weight": random(text),
+            "norm.bias": random(text),
         },
         "ip_adapter": {
-            f"{1 + 2 * number}.to_{letter}_ip.weight": random(width, WIDTH)
+            f"{1 + 2 * number}.to_{letter}_ip.weight": random(width, text)
             for number, width in enumerate(widths)
             for letter in "kv"
         },
@@ -193,7 +256,7 @@ FEATURES = {
     "LoRA": (lora, lambda pipe: pipe.delete_adapters("default"), {}),
     "two LoRAs with weights": (two_loras, lambda pipe: pipe.delete_adapters(["one", "two"]), {}),
     "fused LoRA": (fused_lora, None, {}),
-    "Textual Inversion": (textual_inversion, lambda pipe: pipe.unload_textual_inversion(), {}),
+    "Textual Inversion": (textual_inversion, no_textual_inversion, {}),
     "IP-Adapter": (ip_adapter, lambda pipe: pipe.unload_ip_adapter(), {"ip_adapter_image_embeds": EMBEDS}),
     "attention slicing": (
         lambda pipe: pipe.enable_attention_slicing(),
@@ -216,10 +279,19 @@ FEATURES = {
 
 def test_the_readme_says_what_is_tested():
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    rows = [
-        line.split("|")[2] for line in text.splitlines() if line.startswith(("| pipelines", "| settings", "| beside"))
-    ]
-    assert {name.strip() for row in rows for name in row.split(",")} == {*PIPELINES, *FEATURES, "AnimateDiff"}
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
+    said = {row[1]: set(row[2].split(", ")) for row in rows}
+    for family, kinds in PIPELINES.items():
+        assert said[family] == {*kinds, *(["AnimateDiff"] if family == "Stable Diffusion" else [])}
+    assert said["beside a concept, loaded before or after"] == {*FEATURES}
+
+
+@pytest.fixture
+def pipe(parts, family):
+    """An ordinary pipeline of a family that can load concepts."""
+    pipe = PIPELINES[family]["text to image"][0](parts)
+    pipe.set_progress_bar_config(disable=True)
+    return add_perfusion(pipe)
 
 
 def effect(one, other):
@@ -227,10 +299,19 @@ def effect(one, other):
 
 
 @pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("locking", ["local", "global"])
-@pytest.mark.parametrize("first", ["concept", "other"])
-def test_a_concept_beside(plain_pipeline, make_concept, generate, name, locking, first):
-    pipe, concept, (add, _, arguments) = add_perfusion(plain_pipeline), make_concept(), FEATURES[name]
+@pytest.mark.parametrize(
+    ("family", "locking", "first"),
+    [
+        ("Stable Diffusion", "local", "concept"),
+        ("Stable Diffusion", "local", "other"),
+        ("Stable Diffusion", "global", "concept"),
+        ("Stable Diffusion", "global", "other"),
+        ("Stable Diffusion XL", "local", "other"),
+        ("Stable Diffusion XL", "global", "concept"),
+    ],
+)
+def test_a_concept_beside(pipe, generate, name, locking, first):
+    concept, (add, _, arguments) = random_concept(pipe), FEATURES[name]
 
     def load():
         pipe.load_perfusion(concept)
@@ -260,15 +341,16 @@ def test_a_concept_beside(plain_pipeline, make_concept, generate, name, locking,
 
 @pytest.mark.parametrize("name", [name for name, (_, remove, _) in FEATURES.items() if remove])
 @pytest.mark.parametrize("first", ["concept", "other"])
-def test_the_other_has_an_effect_and_may_leave_first(plain_pipeline, make_concept, generate, name, first):
-    pipe, (add, remove, arguments) = add_perfusion(plain_pipeline), FEATURES[name]
-    before = generate(PROMPTS, pipe)
-    pipe.load_perfusion(make_concept())
+@pytest.mark.parametrize("family", PIPELINES)
+def test_the_other_has_an_effect_and_may_leave_first(pipe, generate, name, first):
+    add, remove, arguments = FEATURES[name]
+    before, concept = generate(PROMPTS, pipe), random_concept(pipe)
+    pipe.load_perfusion(concept)
     alone = generate(PROMPTS, pipe)
     if first == "other":
         pipe.unload_perfusion()
         add(pipe)
-        pipe.load_perfusion(make_concept())
+        pipe.load_perfusion(concept)
     else:
         add(pipe)
     both = generate(PROMPTS, pipe, **arguments)

@@ -15,6 +15,7 @@ from diffusers_perfusion.covariance import (
     read_captions,
     second_moment,
 )
+from diffusers_perfusion.text import TextEncoders
 
 CAPTIONS = [
     "a cat",
@@ -27,7 +28,7 @@ CAPTIONS = [
 
 @pytest.fixture
 def text(components):
-    return components["tokenizer"], components["text_encoder"]
+    return TextEncoders([components["tokenizer"]], [components["text_encoder"]])
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def captions_file(tmp_path):
 
 @pytest.fixture
 def covariance(text):
-    return second_moment(*text, CAPTIONS).float()
+    return second_moment(text, CAPTIONS).float()
 
 
 def count_runs(text_encoder):
@@ -51,7 +52,7 @@ def count_runs(text_encoder):
 
 @torch.no_grad()
 def test_second_moment_is_over_bos_words_and_eos(text):
-    tokenizer, text_encoder = text
+    (tokenizer,), (text_encoder,) = text.tokenizers, text.models
     tokens = []
     for caption in CAPTIONS:  # one at a time there is no padding to leave out
         ids = tokenizer(caption).input_ids[: tokenizer.model_max_length]
@@ -61,22 +62,22 @@ def test_second_moment_is_over_bos_words_and_eos(text):
         assert ids[-1] == tokenizer.eos_token_id
         tokens.append(text_encoder(torch.tensor([ids])).last_hidden_state[0].double())
     e = torch.cat(tokens)
-    torch.testing.assert_close(second_moment(*text, CAPTIONS), e.T @ e / len(e), rtol=1e-5, atol=1e-6)
-    assert second_moment(*text, CAPTIONS).dtype == torch.float64
+    torch.testing.assert_close(second_moment(text, CAPTIONS), e.T @ e / len(e), rtol=1e-5, atol=1e-6)
+    assert second_moment(text, CAPTIONS).dtype == torch.float64
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_batches_make_no_difference(text, monkeypatch, size):
-    whole = second_moment(*text, CAPTIONS)
+    whole = second_moment(text, CAPTIONS)
     monkeypatch.setattr(module, "BATCH_SIZE", size)
-    runs = count_runs(text[1])
-    torch.testing.assert_close(second_moment(*text, iter(CAPTIONS)), whole, rtol=1e-5, atol=1e-6)
+    runs = count_runs(text.models[0])
+    torch.testing.assert_close(second_moment(text, iter(CAPTIONS)), whole, rtol=1e-5, atol=1e-6)
     assert len(runs) == -(-len(CAPTIONS) // size)
 
 
 def test_no_captions(text, tmp_path):
     with pytest.raises(ValueError, match="no captions"):
-        second_moment(*text, [])
+        second_moment(text, [])
     (tmp_path / "captions.txt").write_text("\n  \n")
     with pytest.raises(ValueError, match=r"captions\.txt holds no captions"):
         read_captions(tmp_path / "captions.txt")
@@ -88,27 +89,27 @@ def test_captions_are_the_lines_that_are_not_empty(tmp_path):
 
 
 def test_a_broken_text_encoder_is_an_error(text):
-    text[1].get_input_embeddings().weight.data.fill_(torch.nan)
+    text.models[0].get_input_embeddings().weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        second_moment(*text, CAPTIONS)
+        second_moment(text, CAPTIONS)
 
 
 def test_the_covariance_is_computed_once(text, captions_file, hugging_face_home):
-    runs = count_runs(text[1])
-    first = cached_covariance(*text, captions_file)
+    runs = count_runs(text.models[0])
+    first = cached_covariance(text, captions_file)
     assert len(runs) == 1
-    assert torch.equal(cached_covariance(*text, captions_file), first)
+    assert torch.equal(cached_covariance(text, captions_file), first)
     assert len(runs) == 1
-    torch.testing.assert_close(first, second_moment(*text, CAPTIONS).float())
+    torch.testing.assert_close(first, second_moment(text, CAPTIONS).float())
     (path,) = hugging_face_home.rglob("*.safetensors")
     assert path.parent == hugging_face_home / "perfusion"
 
 
 def test_other_weights_tokenizer_or_captions_are_another_covariance(text, captions_file, hugging_face_home):
-    tokenizer, text_encoder = text
+    (tokenizer,), (text_encoder,) = text.tokenizers, text.models
 
     def files():
-        cached_covariance(*text, captions_file)
+        cached_covariance(text, captions_file)
         return len(list(hugging_face_home.rglob("*.safetensors")))
 
     assert files() == 1
@@ -124,18 +125,18 @@ def test_other_weights_tokenizer_or_captions_are_another_covariance(text, captio
 
 def test_captions_are_generated_where_none_are_given(text, monkeypatch):
     monkeypatch.setattr(module, "generate_captions", lambda: iter(CAPTIONS[:2]))
-    torch.testing.assert_close(cached_covariance(*text), second_moment(*text, CAPTIONS[:2]).float())
+    torch.testing.assert_close(cached_covariance(text), second_moment(text, CAPTIONS[:2]).float())
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "nan"])
 def test_a_damaged_cache_file_is_computed_again(text, captions_file, hugging_face_home, caplog, damage):
-    first = cached_covariance(*text, captions_file)
+    first = cached_covariance(text, captions_file)
     (path,) = hugging_face_home.rglob("*.safetensors")
     if damage == "nan":
         save_file({"covariance": first * torch.nan}, path)
     else:
         path.write_bytes(path.read_bytes()[: -100 if damage == "cut" else 0])
-    assert torch.equal(cached_covariance(*text, captions_file), first)
+    assert torch.equal(cached_covariance(text, captions_file), first)
     assert path.name in caplog.text and "computed again" in caplog.text
     assert torch.equal(load_covariance(path), first)
 
@@ -146,7 +147,7 @@ def test_a_crash_leaves_nothing_in_the_cache(text, captions_file, hugging_face_h
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="disk full"):
-        cached_covariance(*text, captions_file)
+        cached_covariance(text, captions_file)
     assert [path for path in hugging_face_home.rglob("*") if path.is_file()] == []
 
 

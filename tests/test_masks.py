@@ -198,14 +198,7 @@ def test_processors_are_put_back_when_the_unet_fails(pipeline, read):
 
     pipeline.unet.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        attention_masks(
-            pipeline.unet,
-            DDPMScheduler.from_config(pipeline.scheduler.config),
-            pipeline.tokenizer,
-            pipeline.text_encoder,
-            latents,
-            "cat",
-        )
+        attention_masks(pipeline, DDPMScheduler.from_config(pipeline.scheduler.config), latents, "cat")
     assert all(processor is before[name] for name, processor in pipeline.unet.attn_processors.items())
 
 

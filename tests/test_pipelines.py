@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import random_concept
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from diffusers_perfusion import PerfusionPipeline, add_perfusion
+from diffusers_perfusion import PerfusionPipeline, PerfusionXLPipeline, add_perfusion
 
 
 def test_a_concept_changes_only_the_prompts_that_hold_its_word(pipeline, make_concept, generate):
@@ -63,6 +66,27 @@ def test_concepts_are_saved_beside_the_models_and_come_back(pipeline, make_conce
     torch.testing.assert_close(generate(prompt, loaded), generate(prompt), atol=1e-2, rtol=0)  # saved in float16
     pipeline.unload_perfusion()
     assert (generate(prompt, loaded) - generate(prompt)).abs().max() > 0.05
+
+
+def test_a_pipeline_of_two_text_encoders_is_saved_with_its_concepts(xl_pipeline, generate, tmp_path):
+    prompt = "a <my-cat> and a cat"
+    xl_pipeline.load_perfusion(random_concept(xl_pipeline))
+    xl_pipeline.save_pretrained(tmp_path)
+    loaded = PerfusionXLPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    difference = (generate(prompt, loaded) - generate(prompt, xl_pipeline)).abs().max()
+    xl_pipeline.unload_perfusion()
+    assert 10 * difference < (generate(prompt, loaded) - generate(prompt, xl_pipeline)).abs().max()
+
+
+def test_concepts_of_one_family_are_refused_by_another(pipeline, xl_pipeline, make_concept):
+    with pytest.raises(ValueError, match=r"edits text encodings of width 56, but .* takes width 32"):
+        pipeline.load_perfusion(random_concept(xl_pipeline))
+    with pytest.raises(ValueError, match=r"edits text encodings of width 32, but .* takes width 56"):
+        xl_pipeline.load_perfusion(make_concept())
+    one_word = replace(random_concept(xl_pipeline), word_embedding_2=None)
+    with pytest.raises(ValueError, match=r"has 1 word embeddings, but this pipeline has 2 text encoders"):
+        xl_pipeline.load_perfusion(one_word)
 
 
 def test_neither_order_changes_a_bit(pipeline, make_concept, generate):

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_perfusion import attention, state
 from diffusers_perfusion.covariance import read_captions, second_moment
-from diffusers_perfusion.text import encode, tokenize
+from diffusers_perfusion.families import text_encoders
 from diffusers_perfusion.training import FitConfig, fit, learner
 from diffusers_perfusion.training import data as training_data
 from diffusers_perfusion.training.learner import Learner
@@ -74,11 +74,12 @@ def test_keys_learn_and_are_drawn_with(pipeline, fitted, rate):
 def test_padding_enters_the_covariance(pipeline, fit_settings, tmp_path):
     (tmp_path / "captions.txt").write_text("a photo of a cat\na dog\n")
     config = FitConfig(**fit_settings | {"pretrained_model_name_or_path": str(tmp_path)})
-    words = second_moment(pipeline.tokenizer, pipeline.text_encoder, read_captions(tmp_path / "captions.txt"))
+    texts = text_encoders(pipeline)
+    words = second_moment(texts, read_captions(tmp_path / "captions.txt"))
     with ablations.padding_in_covariance():
         # The package has a function of the module's name.
-        everything = importlib.import_module("diffusers_perfusion.training.fit")._covariance(pipeline, config)
-    last = encode(pipeline.text_encoder, tokenize(pipeline.tokenizer, ["a dog"]))[0, -1].double()
+        everything = importlib.import_module("diffusers_perfusion.training.fit")._covariance(texts, config)
+    last = texts.encode(texts.tokenize(["a dog"])).states[0, -1].double()
     assert everything.shape == words.shape
     assert last @ everything @ last > last @ words @ last
 

@@ -7,14 +7,15 @@ import torch
 
 from diffusers_perfusion.editing import gates
 from diffusers_perfusion.state import LoadedConcept, PerfusionState
-from diffusers_perfusion.text import ConceptWords
+from diffusers_perfusion.text import TextEncoders
+from diffusers_perfusion.words import Vocabulary
 
 LENGTH, WIDTH = 24, 32
 
 
 @pytest.fixture
 def state(components):
-    return PerfusionState(ConceptWords(components["tokenizer"], components["text_encoder"]))
+    return PerfusionState(Vocabulary(TextEncoders([components["tokenizer"]], [components["text_encoder"]])))
 
 
 @pytest.fixture

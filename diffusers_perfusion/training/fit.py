@@ -10,18 +10,19 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attention import cross_attention_layers
 from ..concept import WEIGHT_NAME, PerfusionConcept
 from ..covariance import cached_covariance, check_covariance, invert, load_covariance
+from ..families import text_encoders
 from ..hub import create_repository, push_concept
 from ..loaders import add_perfusion
 from ..masks import subject_masks
 from ..pictures import read_pictures, to_tensor
-from ..text import ConceptWords, superclass_ids
+from ..text import TextEncoders
+from ..words import Vocabulary
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import FitConfig
 from .data import make_subject
-from .embedding import load_embedding
+from .embedding import initial_embeddings
 from .learner import NAME, Learner
 from .selection import Selection
 from .validation import draw, validate
@@ -51,7 +52,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     cast to float32. When the fit is over, the pipeline has no concept loaded.
 
     Args:
-        pipeline: of the base model, a `StableDiffusionPipeline`.
+        pipeline: of the base model, such as a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
         config: all settings.
         accelerator: processes, device, precision and trackers; by default as `make_accelerator`.
 
@@ -69,18 +70,8 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     resolution = config.resolution or pipeline.unet.config.sample_size * factor
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
-    width = pipeline.text_encoder.config.hidden_size
-    for layer in cross_attention_layers(pipeline.unet).values():
-        if layer.cross_attention_dim != width:
-            raise ValueError(
-                f"{type(pipeline).__name__} takes text of width {layer.cross_attention_dim}, but its text encoder has "
-                f"width {width}; expected a pipeline with one text encoder, such as StableDiffusionPipeline"
-            )
-    words = ConceptWords(pipeline.tokenizer, pipeline.text_encoder)
-    words.check_new(config.placeholder_token)
-    superclass_ids(pipeline.tokenizer, config.superclass)
-    if config.initial_embedding:
-        words.add(config.placeholder_token, load_embedding(config.initial_embedding), config.superclass)
+    texts = text_encoders(pipeline)
+    Vocabulary(texts).add(config.placeholder_token, initial_embeddings(texts, config), config.superclass)
     pictures = read_pictures(
         config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, smallest=factor
     )
@@ -103,8 +94,8 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
             repo_id = create_repository(name, private=config.hub_private, token=config.hub_token)
 
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        # The text encoder stays in float32 under mixed precision, for the metric lives on its last digits.
+    for model in (pipeline.vae, *texts.models, pipeline.unet):
+        # Text encoders stay in float32 under mixed precision, for the metric lives on its last digits.
         _move(model, accelerator.device, torch.float32)
         model.requires_grad_(False).eval()
     masks, mask_source = subject_masks(
@@ -112,7 +103,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     )
     subject = make_subject(pipeline.vae, to_tensor([picture.image for picture in pictures]), masks, config.random_flip)
     with accelerator.local_main_process_first():
-        c_inv = invert(_covariance(pipeline, config))
+        c_inv = invert(_covariance(texts, config))
     _move(pipeline.unet, accelerator.device, _PRECISIONS.get(accelerator.mixed_precision, torch.float32))
     checkpointed = pipeline.unet.is_gradient_checkpointing
     if config.gradient_checkpointing:
@@ -161,12 +152,12 @@ def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     model.to(device)
 
 
-def _covariance(pipeline: Any, config: FitConfig) -> Tensor:
+def _covariance(texts: TextEncoders, config: FitConfig) -> Tensor:
     """`C` from where the config says, or from captions that lie with the base model, or from generated ones."""
     source = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
     if source.suffix in (".npy", ".pt", ".safetensors"):
-        return check_covariance(load_covariance(source), pipeline.unet.config.cross_attention_dim)
-    return cached_covariance(pipeline.tokenizer, pipeline.text_encoder, source if source.is_file() else None)
+        return check_covariance(load_covariance(source), texts.width)
+    return cached_covariance(texts, source if source.is_file() else None)
 
 
 def _run(

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..attention import cross_attention_layers, get_state
 from ..concept import PerfusionConcept
-from ..text import TEMPLATES, encode, initial_word_embedding, superclass_input, tokenize
+from ..families import family_of, text_encoders
+from ..text import TEMPLATES, superclass_input
 from .config import FitConfig
 from .data import Subject
-from .embedding import load_embedding, word_input
+from .embedding import initial_embeddings, word_input
 from .loss import masked_loss, prediction_target, snr_weights
 
 # Slower than the paper's 0.99, for a little more identity at equal text alignment. At 1 two concepts of one
@@ -45,21 +46,21 @@ class Learner:
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
         self.subject, self.c_inv = subject, c_inv
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.texts, self.family = text_encoders(pipeline), family_of(pipeline)
         self.concept = self._start()
-        words = self._state.words
-        self.prompt_ids = tokenize(
-            pipeline.tokenizer, [template.format(config.placeholder_token) for template in TEMPLATES]
-        ).to(accelerator.device)
-        self.word_at = words.positions(self.prompt_ids, config.placeholder_token)
+        self.prompt_ids = self.texts.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])
+        word_at = self._state.words.positions(self.prompt_ids, config.placeholder_token)
+        self.word_at = word_at.to(accelerator.device)
 
         outputs = self.concept.target_outputs
-        self.parameters = {"word_embedding": self.concept.word_embedding} | {
+        names = ("word_embedding", "word_embedding_2")
+        self.parameters = dict(zip(names, self.concept.word_embeddings, strict=False)) | {
             f"target_outputs.{layer}": output for layer, output in outputs.items()
         }
         self._rates = [config.value_learning_rate, config.embedding_learning_rate]
         if config.scale_lr:
             self._rates = [rate * self._batch_of_all for rate in self._rates]
-        groups = [list(outputs.values()), [self.concept.word_embedding]]
+        groups = [list(outputs.values()), self.concept.word_embeddings]
         adam = torch.optim.Adam([{"params": params} for params in groups])
         # Only its function of the step is used, so there is no state of it to resume.
         self._schedule = get_scheduler(
@@ -82,15 +83,12 @@ class Learner:
         return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _start(self) -> PerfusionConcept:
-        """`v*` at an embedding, `i*` at its encoding and `o*_V` at its values; loaded and active."""
+        """`v*` at its embeddings, `i*` at their encoding and `o*_V` at its values; loaded and active."""
         pipeline, config = self.pipeline, self.config
-        text = pipeline.tokenizer, pipeline.text_encoder
-        i_super = superclass_input(*text, config.superclass)
-        if config.initial_embedding is None:
-            embedding, i_start = initial_word_embedding(*text, config.superclass), i_super
-        else:
-            embedding = load_embedding(config.initial_embedding).to(i_super)
-            i_start = word_input(*text, config.placeholder_token, embedding, config.superclass)
+        i_start = i_super = superclass_input(self.texts, config.superclass)
+        embeddings = [nn.Parameter(vector.to(i_super)) for vector in initial_embeddings(self.texts, config)]
+        if config.initial_embedding is not None:
+            i_start = word_input(self.texts, config.placeholder_token, embeddings, config.superclass)
         with torch.no_grad():
             inputs = i_start.to(pipeline.unet.dtype)
             outputs = {
@@ -100,7 +98,8 @@ class Learner:
             PerfusionConcept(
                 placeholder_token=config.placeholder_token,
                 superclass=config.superclass,
-                word_embedding=nn.Parameter(embedding),
+                word_embedding=embeddings[0],
+                word_embedding_2=embeddings[1] if len(embeddings) > 1 else None,
                 target_input=i_start.clone(),
                 inverse_target_input=self._inverse(i_start),
                 superclass_input=i_super,
@@ -164,14 +163,17 @@ class Learner:
         # Rows are chosen by a product with ones and zeros: the backward of indexing adds up repeated rows in whatever
         # order threads come, and a fit that goes on would not end in the same bits.
         chosen = F.one_hot(prompts, len(TEMPLATES)).float()
-        encodings = torch.tensordot(chosen, encode(self.pipeline.text_encoder, self.prompt_ids), dims=1)
-        at_word = encodings[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
-        encodings = encodings.to(unet.dtype)
-        self._state.prepare(encodings, [(self.config.placeholder_token,)] * len(prompts))
+        encoding = self.texts.encode(self.prompt_ids)
+        states = torch.tensordot(chosen, encoding.states, dims=1)
+        pooled = None if encoding.pooled is None else (chosen @ encoding.pooled).to(unet.dtype)
+        at_word = states[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
+        states = states.to(unet.dtype)
+        self._state.prepare(states, [(self.config.placeholder_token,)] * len(prompts))
         latents = self.subject.latents[pictures]
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
+        conditions = self.family.conditions(pooled, latents.shape[-1] * self.pipeline.vae_scale_factor)
         with self.accelerator.autocast():
-            prediction = unet(noisy, timesteps, encoder_hidden_states=encodings).sample
+            prediction = unet(noisy, timesteps, encoder_hidden_states=states, **conditions).sample
         target = prediction_target(self.scheduler, latents, noise, timesteps)
         weights = snr_weights(self.scheduler, timesteps, self.config.snr_gamma)
         return masked_loss(prediction, target, self.subject.masks[pictures], weights), at_word
@@ -203,7 +205,7 @@ class Learner:
         concept = self.concept.to("cpu", copy=True)
         return replace(
             concept,
-            word_embedding=concept.word_embedding.detach(),
+            **{name: vector.detach() for name, vector in concept.vectors().items()},
             target_outputs={layer: output.detach() for layer, output in concept.target_outputs.items()},
             base_model=self.config.base_model,
             training=training,

@@ -13,7 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusers_perfusion.covariance import invert, read_captions
-from diffusers_perfusion.text import encode, superclass_ids, superclass_input, tokenize
+from diffusers_perfusion.families import text_encoders
+from diffusers_perfusion.text import superclass_ids, superclass_input
 
 PROMPTS = (
     "a {} on the beach",
@@ -69,9 +70,10 @@ def main():
     arguments = parser.parse_args()
 
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.pretrained_model_name_or_path, safety_checker=None)
-    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder.float()
-    ids = tokenize(tokenizer, read_captions(arguments.captions)[: arguments.max_captions])
-    encodings = torch.cat([encode(text_encoder, part) for part in ids.split(250)])
+    pipeline.text_encoder.float()
+    tokenizer, texts = pipeline.tokenizer, text_encoders(pipeline)
+    (ids,) = texts.tokenize(read_captions(arguments.captions)[: arguments.max_captions])
+    encodings = torch.cat([texts.encode([part]).states for part in ids.split(250)])
     bos, eos = ids == tokenizer.bos_token_id, (ids == tokenizer.eos_token_id).cumsum(-1) == 1
     eos &= ids == tokenizer.eos_token_id
     padding = ((ids == tokenizer.eos_token_id).cumsum(-1) > 0) & ~eos
@@ -92,9 +94,10 @@ def main():
         inverse = invert(covariance)
         gates, kinds = [], []
         for superclass in arguments.superclass:
-            i_super = superclass_input(tokenizer, text_encoder, superclass).double()
-            prompt_ids = tokenize(tokenizer, prompts)
-            similarity = encode(text_encoder, prompt_ids).double() @ inverse @ i_super / (i_super @ inverse @ i_super)
+            i_super = superclass_input(texts, superclass).double()
+            (prompt_ids,) = texts.tokenize(prompts)
+            e = texts.encode([prompt_ids]).states.double()
+            similarity = e @ inverse @ i_super / (i_super @ inverse @ i_super)
             gates.append(torch.sigmoid((similarity - BIAS) / TEMPERATURE))
             word = superclass_ids(tokenizer, superclass)
             kinds.append(torch.tensor([kinds_of(row, word, tokenizer) for row in prompt_ids]))

@@ -1,11 +1,12 @@
-"""Textual Inversion files as what a concept starts from."""
+"""The word embedding that a concept starts from, and Textual Inversion files."""
 
 import pytest
 import torch
 from conftest import WIDTH
 from safetensors.torch import save_file
 
-from diffusers_perfusion.training.embedding import load_embedding, word_input
+from diffusers_perfusion.text import TextEncoders
+from diffusers_perfusion.training.embedding import load_embeddings, word_input
 
 VECTOR = torch.arange(1.0, WIDTH + 1)
 
@@ -20,7 +21,7 @@ def test_the_vector_of_every_kind_of_file(tmp_path, kind, shape):
         torch.save({"<cat>": vector}, path)
     else:
         torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vector.requires_grad_()}, "step": 9}, path)
-    loaded = load_embedding(path)
+    (loaded,) = load_embeddings(path)
     assert torch.equal(loaded, VECTOR) and not loaded.requires_grad
 
 
@@ -44,20 +45,21 @@ def test_other_files_are_refused(tmp_path, capfd, content, match):
     path = tmp_path / "learned.bin"
     path.write_bytes(b"no tensors") if content is None else torch.save(content, path)
     with pytest.raises(ValueError, match=match):
-        load_embedding(path)
+        load_embeddings(path)
     assert "stranger" not in capfd.readouterr().out
 
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no Textual Inversion file"):
-        load_embedding(tmp_path / "nowhere.bin")
+        load_embeddings(tmp_path / "nowhere.bin")
 
 
 def test_the_input_of_a_word_leaves_no_trace(components):
     tokenizer, text_encoder = components["tokenizer"], components["text_encoder"]
     ids, vocabulary = tokenizer("a <cat>").input_ids, tokenizer.get_vocab()
-    found = [word_input(tokenizer, text_encoder, "<cat>", vector, "cat") for vector in (VECTOR, VECTOR, -VECTOR)]
+    texts = TextEncoders([tokenizer], [text_encoder])
+    found = [word_input(texts, "<cat>", [vector], "cat") for vector in (VECTOR, VECTOR, -VECTOR)]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], atol=0.1)
     assert tokenizer("a <cat>").input_ids == ids and tokenizer.get_vocab() == vocabulary
     with pytest.raises(ValueError, match="has 3 numbers"):
-        word_input(tokenizer, text_encoder, "<cat>", VECTOR[:3], "cat")
+        word_input(texts, "<cat>", [VECTOR[:3]], "cat")

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from accelerate import Accelerator
 from conftest import WIDTH, make_unet
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_validation import Album
 
-from diffusers_perfusion import PerfusionConcept
+from diffusers_perfusion import PerfusionConcept, add_perfusion
 from diffusers_perfusion.attention import cross_attention_layers, get_state
+from diffusers_perfusion.families import text_encoders
+from diffusers_perfusion.text import initial_word_embeddings
 from diffusers_perfusion.training import FitConfig, fit, validation
 from diffusers_perfusion.training.learner import Learner
 
@@ -87,6 +90,36 @@ def test_a_fit_writes_a_concept_that_has_an_effect(run, pipeline, generate):
     assert (concept.placeholder_token, concept.superclass, concept.base_model) == ("<my-cat>", "cat", "tiny")
     facts = {"steps": 6, "pictures": 3, "mask": "none", "resolution": 16, "seed": 0, "train_bias": 0.8}
     assert facts.items() <= concept.training.items()
+
+
+def test_a_fit_of_two_text_encoders(xl_pipeline, fit_settings, generate, tmp_path):
+    prompts = ["a <my-cat> on the beach", "a cat on the beach"]
+    plain = generate(prompts, xl_pipeline)
+    config = FitConfig(**fit_settings | {"mask": "attention", "max_train_steps": 6, "checkpointing_steps": 3})
+    fit(xl_pipeline, config)
+    path = Path(config.output_dir) / "perfusion.safetensors"
+    concept = PerfusionConcept.load(path)
+    starts = initial_word_embeddings(text_encoders(xl_pipeline), "cat")
+    for embedding, start in zip(concept.word_embeddings, starts, strict=True):
+        assert (embedding - start).abs().max() > 1e-3
+    add_perfusion(xl_pipeline).load_perfusion(path)
+    fitted = generate(prompts, xl_pipeline)
+    assert torch.equal(fitted[1], plain[1])
+    assert not torch.allclose(fitted[0], plain[1], atol=1e-2)
+    xl_pipeline.unload_perfusion()
+    written = path.read_bytes()
+    path.unlink()
+    fit(xl_pipeline, replace(config, resume_from_checkpoint="checkpoint-3"))
+    assert path.read_bytes() == written
+
+
+def test_a_fit_of_two_text_encoders_starts_at_words_of_textual_inversion(xl_pipeline, fit_settings, tmp_path):
+    vectors = {"clip_g": torch.ones(24), "clip_l": torch.zeros(WIDTH)}
+    save_file(vectors, tmp_path / "learned_embeds.safetensors")
+    settings = {"initial_embedding": str(tmp_path / "learned_embeds.safetensors"), "embedding_learning_rate": 0.0}
+    concept = fit(xl_pipeline, FitConfig(**fit_settings | settings))
+    assert torch.equal(concept.word_embedding, vectors["clip_l"])
+    assert torch.equal(concept.word_embedding_2, vectors["clip_g"])
 
 
 def test_a_fit_returns_what_it_has_written(pipeline, fit_settings):
@@ -396,7 +429,7 @@ def test_a_covariance_of_another_text_encoder(run, no_long_work, tmp_path):
 
 def test_models_that_cannot_take_a_concept(fit_settings, components, monkeypatch, no_long_work):
     blind = components | {"unet": make_unet(cross_attention_dim=2 * WIDTH)}
-    with pytest.raises(ValueError, match=r"takes text of width 64, but its text encoder has width 32"):
+    with pytest.raises(ValueError, match=r"takes text of width 64, but its text encoders give width 32"):
         fit(StableDiffusionPipeline(**blind), FitConfig(**fit_settings))
     pipeline = StableDiffusionPipeline(**components)
     monkeypatch.setattr(type(pipeline.unet), "attn_processors", {})

@@ -5,6 +5,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 
 from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.families import text_encoders
 from diffusers_perfusion.text import TEMPLATES, superclass_input
 from diffusers_perfusion.training import FitConfig, make_accelerator
 from diffusers_perfusion.training.data import Subject
@@ -64,7 +65,7 @@ def assert_close(found, expected, rtol=1e-4, atol=1e-5):
 
 @torch.no_grad()
 def test_it_starts_at_the_super_category(make_learner, pipeline, c_inv):
-    i_super = superclass_input(pipeline.tokenizer, pipeline.text_encoder, "teddy bear")
+    i_super = superclass_input(text_encoders(pipeline), "teddy bear")
     embeddings = pipeline.text_encoder.get_input_embeddings().weight
     teddy, bear = pipeline.tokenizer("teddy bear", add_special_tokens=False).input_ids
     assert teddy != bear
@@ -86,9 +87,7 @@ def test_it_starts_at_a_word_of_textual_inversion(make_learner, pipeline, c_inv,
     i_start = mean_encoding(pipeline, range(len(TEMPLATES)))
     torch.testing.assert_close(concept.target_input, i_start)
     torch.testing.assert_close(concept.inverse_target_input, (c_inv @ concept.target_input.double()).float())
-    assert torch.equal(
-        concept.superclass_input, superclass_input(pipeline.tokenizer, pipeline.text_encoder, concept.superclass)
-    )
+    assert torch.equal(concept.superclass_input, superclass_input(text_encoders(pipeline), concept.superclass))
     assert not torch.allclose(concept.superclass_input, i_start, atol=0.1)
     for name, layer in cross_attention_layers(pipeline.unet).items():
         torch.testing.assert_close(concept.target_outputs[name], layer.to_v(i_start))

@@ -12,7 +12,6 @@ from torch import nn
 
 from diffusers_perfusion import attention, editing
 from diffusers_perfusion.covariance import read_captions
-from diffusers_perfusion.text import encode, tokenize
 from diffusers_perfusion.training.learner import Learner
 
 
@@ -52,10 +51,10 @@ def noisier_timesteps():
 def padding_in_covariance():
     """Padding enters `C` too."""
 
-    def covariance(pipeline, config):
-        ids = tokenize(pipeline.tokenizer, read_captions(Path(config.pretrained_model_name_or_path) / "captions.txt"))
+    def covariance(texts, config):
+        (ids,) = texts.tokenize(read_captions(Path(config.pretrained_model_name_or_path) / "captions.txt"))
         with torch.no_grad():
-            e = torch.cat([encode(pipeline.text_encoder, part) for part in ids.split(250)]).flatten(0, 1).double()
+            e = torch.cat([texts.encode([part]).states for part in ids.split(250)]).flatten(0, 1).double()
         return e.T @ e / len(e)
 
     return patch("diffusers_perfusion.training.fit._covariance", covariance)

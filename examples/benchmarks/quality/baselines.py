@@ -31,9 +31,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.families import text_encoders
 from diffusers_perfusion.masks import subject_masks
 from diffusers_perfusion.pictures import read_pictures, to_tensor
-from diffusers_perfusion.text import TEMPLATES, embedding_table, encode, initial_word_embedding, tokenize
+from diffusers_perfusion.text import TEMPLATES, embedding_table, initial_word_embeddings, tokenize
 from diffusers_perfusion.training.data import make_subject
 from diffusers_perfusion.training.loss import masked_loss, prediction_target, snr_weights
 
@@ -108,7 +109,7 @@ def train(
         noise = torch.randn((batch_size, *subject.latents.shape[1:]), generator=generator)
 
         chosen = F.one_hot(prompts, len(TEMPLATES)).float()
-        encodings = torch.tensordot(chosen, encode(pipeline.text_encoder, prompt_ids), dims=1)
+        encodings = torch.tensordot(chosen, pipeline.text_encoder(prompt_ids)[0], dims=1)
         latents = subject.latents[pictures]
         noisy = scheduler.add_noise(latents, noise, timesteps)
         # On a CPU the backward of the other kernel takes a third of a step in bfloat16.
@@ -138,7 +139,7 @@ class NewWord:
 
     def __init__(self, pipeline, word, superclass):
         self.word, self.text_encoder = word, pipeline.text_encoder
-        start = initial_word_embedding(pipeline.tokenizer, pipeline.text_encoder, superclass)
+        (start,) = initial_word_embeddings(text_encoders(pipeline), superclass)
         if len(pipeline.tokenizer.tokenize(word)) == 1:
             raise ValueError(f"the tokenizer knows {word!r} already")
         pipeline.tokenizer.add_tokens(word)

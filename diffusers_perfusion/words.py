@@ -1,0 +1,313 @@
+"""The concept word: how tokenizers and text encoders come to know it, and which encodings hold it."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .text import TextEncoders, embedding_table, states_of, superclass_ids
+
+# Called with an encoding, the concept words in it, and its twin.
+OnEncoding = Callable[[Tensor, tuple[str, ...], Tensor | None], None]
+
+
+class ConceptWords:
+    """The concept words that one tokenizer and one text encoder know, besides those they were made with.
+
+    The tokenizer gets a token for each word and the embedding layer a hook that puts `v*` in its place: the embedding
+    table neither grows nor gets gradients. `disable` gives both back exactly as they were.
+
+    Args:
+        tokenizer: of the pipeline; it is changed in place, so every pipeline that shares it sees the words.
+        text_encoder: of the pipeline.
+        layer: the hidden state that the pipeline takes from it, as in `TextEncoders`.
+
+    Attributes:
+        on_encoding: called for each encoding made of a prompt with concept words, with the encoding `(length, d)`, the
+            words in it and, while `twins` is set, its super-category twin `(length, d)`.
+        twins: whether prompts are encoded a second time with the super-category in place of each concept word, which
+            global key-locking needs.
+    """
+
+    def __init__(self, tokenizer: Any, text_encoder: PreTrainedModel, layer: int | None = None):
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.layer = layer
+        self.on_encoding: OnEncoding | None = None
+        self.twins = False
+        self._words: dict[str, tuple[Tensor, list[int]]] = {}
+        self._ids: dict[int, str] = {}
+        self._handles: list[Any] = []
+        self._input_ids: Tensor | None = None  # of the call that the text encoder is in
+        # A tokenizer can learn a token but not forget one. Its whole state is therefore held twice, with the concept
+        # words and without, and put in and out of the one object that everybody shares.
+        self._plain: dict[str, Any] | None = None
+        self._extended: dict[str, Any] | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the words are in place."""
+        return self._plain is not None
+
+    def check_new(self, word: str) -> None:
+        """Raise ValueError if `word` cannot become a concept word, because it is one already or is plain language."""
+        if word in self._words:
+            raise ValueError(
+                f"{word!r} is the word of a concept that is loaded already; give this one another with "
+                "placeholder_token="
+            )
+        if len(self.tokenizer.tokenize(word)) == 1:
+            raise ValueError(
+                f"{word!r} is already a word of the tokenizer, so it cannot stand for a concept; choose another with "
+                "placeholder_token=, such as '<my-cat>'"
+            )
+
+    def check(self, word: str, embedding: Tensor, superclass: str) -> None:
+        """Raise ValueError if a word cannot be taught: see `add`."""
+        self.check_new(word)
+        superclass_ids(self.tokenizer, superclass)
+        width = embedding_table(self.text_encoder).shape[1]
+        if len(embedding) != width:
+            raise ValueError(
+                f"the word embedding of {word!r} has {len(embedding)} numbers, but those of this text encoder "
+                f"({type(self.text_encoder).__name__}) have {width}; the concept was made for another text encoder"
+            )
+
+    def add(self, word: str, embedding: Tensor, superclass: str) -> None:
+        """Teach a word. `embedding` may be a parameter: gradients flow to it alone.
+
+        Raises:
+            ValueError: if the word is taken, the super-category unknown, or the embedding of another width.
+        """
+        self.check(word, embedding, superclass)
+        self._renew(self._words | {word: (embedding, superclass_ids(self.tokenizer, superclass))})
+
+    def remove(self, word: str) -> None:
+        """Forget a word."""
+        self._renew({other: entry for other, entry in self._words.items() if other != word})
+
+    def enable(self) -> None:
+        """Put the words in place. Does nothing if they are."""
+        if self.enabled or not self._words:
+            return
+        if self._extended is None:
+            self._extend()
+        self._plain = self.tokenizer.__dict__
+        self.tokenizer.__dict__ = self._extended
+        embeddings = self.text_encoder.get_input_embeddings()
+        self._handles = [
+            self.text_encoder.register_forward_pre_hook(self._hide, with_kwargs=True),
+            embeddings.register_forward_hook(self._put_embeddings),
+            self.text_encoder.register_forward_hook(self._report),
+        ]
+
+    def disable(self) -> None:
+        """Give the tokenizer and the text encoder back as they were. Does nothing if they are.
+
+        Raises:
+            ValueError: if somebody else has added tokens in between; they have ids behind ours and cannot stay.
+        """
+        if self._plain is None:
+            return
+        if foreign := sorted(set(self.tokenizer.get_added_vocab()) - self._added):
+            raise ValueError(
+                f"the tokens {', '.join(foreign)} were added to the tokenizer after the concepts were loaded, and "
+                "would be lost; unload them first (unload_textual_inversion), or load them before the concepts"
+            )
+        self.tokenizer.__dict__ = self._plain
+        self._plain = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The tokenizer and the text encoder as they were, for others to change; the words come back behind theirs.
+
+        Raises:
+            ValueError: as `disable`.
+        """
+        enabled = self.enabled
+        self.disable()
+        try:
+            yield
+        finally:
+            self._extended = None
+            if enabled:
+                self.enable()
+
+    def positions(self, input_ids: Tensor, word: str) -> Tensor:
+        """Where a word stands: the index of its first token in each row, `(batch,)`."""
+        token_id = next(i for i, known in self._ids.items() if known == word)
+        return (input_ids == token_id).int().argmax(-1)
+
+    def _renew(self, words: dict[str, tuple[Tensor, list[int]]]) -> None:
+        """Take other words in place of those so far, or if these cannot be taken away change nothing."""
+        with self.aside():
+            self._words = words
+
+    def _extend(self) -> None:
+        extended = copy.deepcopy(self.tokenizer)
+        # Not normalized, or a tokenizer that lower-cases would never meet a word with capitals.
+        tokens = [
+            AddedToken(word, normalized=False, single_word=word[0].isalnum() and word[-1].isalnum())
+            for word in self._words
+        ]
+        extended.add_tokens(tokens)
+        self._ids = dict(zip(extended.convert_tokens_to_ids(list(self._words)), self._words, strict=True))
+        self._added = set(extended.get_added_vocab())
+        self._extended = extended.__dict__
+
+    def _mask(self, input_ids: Tensor) -> Tensor:
+        return torch.isin(input_ids, torch.tensor(list(self._ids), device=input_ids.device))
+
+    def _hide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the text encoder: concept words look like the token 0.
+
+        The table has no row for them, and some text encoders take the highest id for the end of the prompt.
+        """
+        self._input_ids = ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            return None
+        hidden = ids.masked_fill(self._mask(ids), 0)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": hidden})
+
+    def _put_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of the embedding layer: `v*` in the place of what was looked up for concept words."""
+        if self._input_ids is None:
+            return output
+        ids = self._input_ids.to(output.device)
+        for token_id, word in self._ids.items():
+            output = torch.where((ids == token_id).unsqueeze(-1), self._words[word][0].to(output), output)
+        return output
+
+    @torch.no_grad()
+    def _report(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the text encoder: tell which of the encodings it made hold concept words."""
+        input_ids, self._input_ids = self._input_ids, None
+        # Without the hidden states it was not called for the encodings that the pipeline takes.
+        if input_ids is None or self.on_encoding is None or (self.layer is not None and output.hidden_states is None):
+            return
+        rows = self._mask(input_ids).any(-1).nonzero()[:, 0].tolist()
+        if not rows:
+            return
+        ids = input_ids.tolist()
+        twins = (
+            self._twin_encodings([ids[row] for row in rows], input_ids.device) if self.twins else [None] * len(rows)
+        )
+        for row, twin in zip(rows, twins, strict=True):
+            words = tuple(word for token_id, word in self._ids.items() if token_id in ids[row])
+            self.on_encoding(states_of(output, self.layer)[row], words, twin)
+
+    def _twin_encodings(self, rows: list[list[int]], device: torch.device) -> Tensor:
+        """Encodings of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
+
+        A super-category of several tokens makes the twin longer than the prompt. The encodings are gathered so that
+        position `p` of the twin belongs to position `p` of the prompt, a concept word to the super-category's last
+        token, because attention takes a key and its value from the same position.
+        """
+        twins, gather = [], []
+        for row in rows:
+            twin: list[int] = []
+            index = []
+            for token_id in row:
+                twin += self._words[self._ids[token_id]][1] if token_id in self._ids else [token_id]
+                index.append(min(len(twin), len(row)) - 1)
+            twins.append([*twin[: len(row) - 1], row[-1]])
+            gather.append(index)
+        output = self.text_encoder(torch.tensor(twins, device=device), output_hidden_states=self.layer is not None)
+        encodings = states_of(output, self.layer)
+        return torch.stack(
+            [e[i] for e, i in zip(encodings, torch.tensor(gather, device=encodings.device), strict=True)]
+        )
+
+
+class Vocabulary:
+    """The concept words of a pipeline: each with a word embedding in each of its text encoders.
+
+    Args:
+        texts: the text encoders; their tokenizers are changed in place.
+
+    Attributes:
+        widths: of the encodings of each text encoder, which stand side by side in those that the pipeline makes.
+    """
+
+    def __init__(self, texts: TextEncoders):
+        self._parts = [
+            ConceptWords(tokenizer, model, texts.layer)
+            for tokenizer, model in zip(texts.tokenizers, texts.models, strict=True)
+        ]
+        self.widths = [model.config.hidden_size for model in texts.models]
+
+    @property
+    def twins(self) -> bool:
+        """As in `ConceptWords`, for all."""
+        return self._parts[0].twins
+
+    @twins.setter
+    def twins(self, twins: bool) -> None:
+        for part in self._parts:
+            part.twins = twins
+
+    def listen(self, on_encoding: OnEncoding) -> None:
+        """Set `ConceptWords.on_encoding` of all."""
+        for part in self._parts:
+            part.on_encoding = on_encoding
+
+    def check_new(self, word: str) -> None:
+        """As `ConceptWords.check_new`."""
+        for part in self._parts:
+            part.check_new(word)
+
+    def add(self, word: str, embeddings: Sequence[Tensor], superclass: str) -> None:
+        """Teach a word to all, or to none: as `ConceptWords.add`, with an embedding for each.
+
+        Raises:
+            ValueError: as `ConceptWords.add`, or if there are more or fewer embeddings than text encoders.
+        """
+        if len(embeddings) != len(self._parts):
+            raise ValueError(
+                f"{word!r} has {len(embeddings)} word embeddings, but this pipeline has {len(self._parts)} text "
+                "encoders; the concept was made for another model"
+            )
+        for part, embedding in zip(self._parts, embeddings, strict=True):
+            part.check(word, embedding, superclass)
+        with self.aside():
+            for part, embedding in zip(self._parts, embeddings, strict=True):
+                part.add(word, embedding, superclass)
+
+    def remove(self, word: str) -> None:
+        """Forget a word."""
+        with self.aside():
+            for part in self._parts:
+                part.remove(word)
+
+    def enable(self) -> None:
+        """As `ConceptWords.enable`."""
+        for part in self._parts:
+            part.enable()
+
+    def disable(self) -> None:
+        """As `ConceptWords.disable`, of all or of none."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                part.disable()
+                stack.callback(part.enable)
+            stack.pop_all()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """As `ConceptWords.aside`."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.aside())
+            yield
+
+    def positions(self, input_ids: Sequence[Tensor], word: str) -> Tensor:
+        """As `ConceptWords.positions`, in token ids for each text encoder."""
+        return self._parts[0].positions(input_ids[0], word)
