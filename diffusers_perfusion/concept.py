@@ -7,7 +7,7 @@ key, because safetensors does not promise an order among several, and a fit must
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
@@ -220,24 +220,29 @@ class PerfusionConcept:
         """`v*` for each text encoder."""
         return [self.word_embedding] if self.word_embedding_2 is None else [self.word_embedding, self.word_embedding_2]
 
-    def vectors(self) -> dict[str, Tensor]:
+    def _vectors(self) -> dict[str, Tensor]:
         """The tensors that do not belong to a layer, by their names in the file."""
         vectors = {name: getattr(self, name) for name in (*_VECTORS, *_OPTIONAL)}
         return {name: vector for name, vector in vectors.items() if vector is not None}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name in the file."""
-        yield from self.vectors().items()
+        yield from self._vectors().items()
         for layer, tensor in self.target_outputs.items():
             yield _OUTPUT_PREFIX + layer, tensor
 
     def to(self, *args: Any, **kwargs: Any) -> "PerfusionConcept":
         """The same concept with every tensor passed through `Tensor.to`."""
-        return replace(
-            self,
-            **{name: vector.to(*args, **kwargs) for name, vector in self.vectors().items()},
-            target_outputs={layer: tensor.to(*args, **kwargs) for layer, tensor in self.target_outputs.items()},
-        )
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def detach(self) -> "PerfusionConcept":
+        """The same concept with every tensor out of its graph."""
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PerfusionConcept":
+        vectors: dict[str, Any] = {name: change(vector) for name, vector in self._vectors().items()}
+        outputs = {layer: change(output) for layer, output in self.target_outputs.items()}
+        return replace(self, **vectors, target_outputs=outputs)
 
     def state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
         """What is in the file: its tensors by name, and the JSON description under `perfusion`.

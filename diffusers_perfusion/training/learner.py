@@ -202,14 +202,8 @@ class Learner:
         Args:
             training: how it was fitted.
         """
-        concept = self.concept.to("cpu", copy=True)
-        return replace(
-            concept,
-            **{name: vector.detach() for name, vector in concept.vectors().items()},
-            target_outputs={layer: output.detach() for layer, output in concept.target_outputs.items()},
-            base_model=self.config.base_model,
-            training=training,
-        )
+        concept = self.concept.detach().to("cpu", copy=True)
+        return replace(concept, base_model=self.config.base_model, training=training)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that a fit goes on from."""
