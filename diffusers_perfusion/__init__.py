@@ -3,13 +3,14 @@
 from .attention import PerfusionAttnProcessor
 from .concept import PerfusionConcept
 from .loaders import PerfusionLoaderMixin, add_perfusion
-from .pipelines import PerfusionPipeline, PerfusionXLPipeline
+from .pipelines import PerfusionPipeline, PerfusionPixArtSigmaPipeline, PerfusionXLPipeline
 
 __all__ = [
     "PerfusionAttnProcessor",
     "PerfusionConcept",
     "PerfusionLoaderMixin",
     "PerfusionPipeline",
+    "PerfusionPixArtSigmaPipeline",
     "PerfusionXLPipeline",
     "add_perfusion",
 ]

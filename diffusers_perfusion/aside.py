@@ -1,13 +1,12 @@
 """`AsideMixin`: what diffusers does to a pipeline that has concepts, it does to the pipeline without them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
-
 from .attention import attach, detach, get_state
+from .families import edited_model
 
 # Methods of pipelines that replace attention processors or count the tokenizer's words.
 REPLACING = (
@@ -25,28 +24,25 @@ REPLACING = (
 )
 
 # Components that concepts hang on.
-KEEPING = ("unet", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+KEEPING = ("unet", "transformer", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
 
 class AsideMixin:
     """Put concepts aside while other methods of a pipeline replace what they hang on."""
-
-    unet: torch.nn.Module
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in REPLACING:
             if hasattr(cls, name):
                 setattr(cls, name, _without_concepts(getattr(cls, name)))
+        if hasattr(cls, "_text_preprocessing"):
+            cls._text_preprocessing = _without_words(cls._text_preprocessing)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another model or tokenizer while concepts are on the one there is, since they would stay behind."""
         if name in KEEPING and value is not None:
             current = getattr(self, name, None)
-            if (
-                getattr(value, "_orig_mod", value) is not current
-                and get_state(getattr(self, "unet", None)) is not None
-            ):
+            if getattr(value, "_orig_mod", value) is not current and get_state(edited_model(self)) is not None:
                 raise ValueError(
                     f"concepts are loaded on this pipeline and would stay with its {name}; call unload_perfusion() "
                     "before it gets another, and load them again"
@@ -60,16 +56,16 @@ class AsideMixin:
         Raises:
             ValueError: if somebody has added tokens to the tokenizer behind those of the concepts.
         """
-        state = get_state(self.unet)
+        state = get_state(edited_model(self))
         if state is None:
             yield
             return
         with state.words.aside():
-            detach(self.unet)
+            detach(edited_model(self))
             try:
                 yield
             finally:
-                attach(self.unet, state)
+                attach(edited_model(self), state)
 
 
 def _without_concepts(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,5 +75,26 @@ def _without_concepts(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: AsideMixin, *args: Any, **kwargs: Any) -> Any:
         with self._aside():
             return method(self, *args, **kwargs)
+
+    return run
+
+
+def _without_words(clean: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """What PixArt does to prompts, which are lower-cased or cleaned of what looks like HTML, but not to our words."""
+
+    @wraps(clean)
+    def run(self: AsideMixin, text: str | Sequence[str], *args: Any, **kwargs: Any) -> list[str]:
+        state = get_state(edited_model(self))
+        loaded = state.loaded.values() if state is not None and state.enabled else ()
+        # The longest first, for one may be a part of another.
+        words = sorted((entry.concept.placeholder_token for entry in loaded), key=len, reverse=True)
+        stand_ins = {word: f"conceptword{chr(97 + n // 26)}{chr(97 + n % 26)}" for n, word in enumerate(words)}
+        texts = [text] if isinstance(text, str) else list(text)
+        for word, stand_in in stand_ins.items():
+            texts = [one.replace(word, stand_in) for one in texts]
+        texts = clean(self, texts, *args, **kwargs)
+        for word, stand_in in stand_ins.items():
+            texts = [one.replace(stand_in, word) for one in texts]
+        return texts
 
     return run

@@ -106,67 +106,77 @@ def _linear(projection: nn.Module, inputs: Tensor) -> Tensor:
     return outputs[:-1] - outputs[-1:]
 
 
-def cross_attention_layers(unet: Any) -> dict[str, Attention]:
-    """The cross-attention layers of a UNet by module name.
+def cross_attention_layers(model: Any) -> dict[str, Attention]:
+    """The cross-attention layers of a model by module name.
 
     Raises:
         ValueError: if it has none, as joint-attention models do.
     """
     layers = {}
-    for key in getattr(unet, "attn_processors", {}):
+    for key in getattr(model, "attn_processors", {}):
         name = key.removesuffix(".processor")
-        layer = unet.get_submodule(name)
+        layer = model.get_submodule(name)
         if isinstance(layer, Attention) and layer.is_cross_attention and layer.added_kv_proj_dim is None:
             layers[name] = layer
     if not layers:
         raise ValueError(
-            f"{type(unet).__name__} has no cross-attention layer from text; Perfusion edits the keys and values of "
+            f"{type(model).__name__} has no cross-attention layer from text; Perfusion edits the keys and values of "
             "cross-attention, and cannot work on models that process text and picture in one joint attention"
         )
     return layers
 
 
-def check_concept_fits(concept: PerfusionConcept, unet: Any) -> None:
-    """Raise ValueError unless a concept has one output of the right width for each cross-attention layer of a UNet."""
-    layers = cross_attention_layers(unet)
-    model = f"{type(unet).__name__} ({getattr(unet, 'name_or_path', '') or 'unnamed'})"
+def text_projection(model: Any) -> nn.Module | None:
+    """What a model passes text encodings through before its cross-attention layers get them, if anything."""
+    return getattr(model, "caption_projection", None)
+
+
+def check_concept_fits(concept: PerfusionConcept, model: Any) -> None:
+    """Raise ValueError unless a concept has an output of the right width for each cross-attention layer of a model."""
+    layers = cross_attention_layers(model)
+    base = f"{type(model).__name__} ({getattr(model, 'name_or_path', '') or 'unnamed'})"
     made_for = f"The concept was made for {concept.base_model or 'an unnamed model'}."
     for name, layer in layers.items():
         if layer.cross_attention_dim != concept.width:
             raise ValueError(
                 f"the concept {concept.placeholder_token!r} edits text encodings of width {concept.width}, but "
-                f"{model} takes width {layer.cross_attention_dim}. {made_for}"
+                f"{base} takes width {layer.cross_attention_dim}. {made_for}"
             )
         if name in concept.target_outputs and len(concept.target_outputs[name]) != layer.inner_kv_dim:
             raise ValueError(
                 f"the concept {concept.placeholder_token!r} has an output of {len(concept.target_outputs[name])} "
-                f"numbers for {name}, but that layer of {model} has {layer.inner_kv_dim}. {made_for}"
+                f"numbers for {name}, but that layer of {base} has {layer.inner_kv_dim}. {made_for}"
             )
     missing = sorted(layers.keys() - concept.target_outputs.keys())
     unexpected = sorted(concept.target_outputs.keys() - layers.keys())
     if missing or unexpected:
         raise ValueError(
-            f"the concept {concept.placeholder_token!r} does not have the cross-attention layers of {model}: "
+            f"the concept {concept.placeholder_token!r} does not have the cross-attention layers of {base}: "
             f"{len(missing)} missing ({', '.join(missing[:2])}), {len(unexpected)} unknown "
             f"({', '.join(unexpected[:2])}). {made_for}"
         )
 
 
-def get_state(unet: Any) -> PerfusionState | None:
-    """The state that hangs on a UNet, or None if there is none."""
-    return getattr(unet, "_perfusion", None)
+def get_state(model: Any) -> PerfusionState | None:
+    """The state that hangs on a model, or None if there is none."""
+    return getattr(model, "_perfusion", None)
 
 
-def attach(unet: Any, state: PerfusionState) -> None:
-    """Hang a state on a UNet, and put a `PerfusionAttnProcessor` around every processor that has none.
+def attach(model: Any, state: PerfusionState) -> None:
+    """Hang a state on a model, and put a `PerfusionAttnProcessor` around every processor that has none.
 
     Raises:
-        ValueError: if the UNet has no cross-attention from text.
+        ValueError: if the model has no cross-attention from text.
     """
-    layers = cross_attention_layers(unet)
-    if get_state(unet) is None:
-        unet._perfusion = state
-        unet._perfusion_hook = unet.register_forward_pre_hook(partial(_prepare, layers), with_kwargs=True)
+    layers = cross_attention_layers(model)
+    if get_state(model) is None:
+        model._perfusion = state
+        state.projection = text_projection(model)
+        model._perfusion_hook = (
+            model.register_forward_pre_hook(partial(_prepare, layers), with_kwargs=True)
+            if state.projection is None
+            else state.projection.register_forward_hook(partial(_prepare_projected, layers, state))
+        )
     for name, layer in layers.items():
         if not isinstance(layer.processor, PerfusionAttnProcessor):
             module = isinstance(layer.processor, nn.Module)
@@ -174,20 +184,20 @@ def attach(unet: Any, state: PerfusionState) -> None:
             layer.set_processor(kind(layer.processor, name, state))  # type: ignore[arg-type]
 
 
-def detach(unet: Any) -> None:
+def detach(model: Any) -> None:
     """Give every layer back the very processor it had, and drop the state. Does nothing if there is none."""
-    if get_state(unet) is None:
+    if get_state(model) is None:
         return
-    for layer in cross_attention_layers(unet).values():
+    for layer in cross_attention_layers(model).values():
         if isinstance(layer.processor, PerfusionAttnProcessor):
             layer.set_processor(layer.processor.processor)
-    unet._perfusion_hook.remove()
-    del unet._perfusion, unet._perfusion_hook
+    model._perfusion_hook.remove()
+    del model._perfusion, model._perfusion_hook
 
 
-def replaced_layers(unet: Any) -> dict[str, str]:
+def replaced_layers(model: Any) -> dict[str, str]:
     """Layers whose `PerfusionAttnProcessor` someone has replaced since `attach`, with what is there now."""
-    return _replaced(cross_attention_layers(unet))
+    return _replaced(cross_attention_layers(model))
 
 
 def _replaced(layers: dict[str, Attention]) -> dict[str, str]:
@@ -199,9 +209,9 @@ def _replaced(layers: dict[str, Attention]) -> dict[str, str]:
 
 
 @torch.compiler.disable  # encodings are known by their content, which no graph can hold
-def _prepare(layers: dict[str, Attention], unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the UNet: the edit for its text encoding, once for all layers and steps."""
-    state = unet._perfusion
+def _prepare(layers: dict[str, Attention], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the model: the edit for its text encoding, once for all layers and steps."""
+    state = model._perfusion
     encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
     if isinstance(encodings, tuple):  # text and image encodings, as IP-Adapter passes them
         encodings = encodings[0]
@@ -209,6 +219,19 @@ def _prepare(layers: dict[str, Attention], unet: Any, args: tuple[Any, ...], kwa
         state.refresh()
         return
     state.prepare(encodings)
+    _check_processors(layers, state)
+
+
+@torch.compiler.disable
+def _prepare_projected(
+    layers: dict[str, Attention], state: PerfusionState, projection: nn.Module, args: tuple[Tensor], output: Tensor
+) -> None:
+    """Forward hook of the projection that a model passes text encodings through, as `_prepare`."""
+    state.prepare(args[0])
+    _check_processors(layers, state)
+
+
+def _check_processors(layers: dict[str, Attention], state: PerfusionState) -> None:
     if state.edit is not None and (replaced := _replaced(layers)):
         name, processor = next(iter(replaced.items()))
         raise RuntimeError(

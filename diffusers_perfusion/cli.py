@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .concept import WEIGHT_NAME, PerfusionConcept, write_atomically
-from .families import text_encoders
+from .families import edited_model, text_encoders
 from .hub import find_concept_file, read_header, search_concepts
 from .loaders import add_perfusion
 from .pictures import read_pictures, slug
@@ -223,7 +223,7 @@ def sweep(
     pipeline = _unchecked(pretrained_model_name_or_path)
     _place(pipeline, accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = edited_model(pipeline).config.sample_size * pipeline.vae_scale_factor
     judge = Judge(
         ClipEncoder.from_pretrained(clip_model, accelerator.device),
         IdentityEncoder.from_pretrained(identity_model, accelerator.device),

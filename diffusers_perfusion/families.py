@@ -7,19 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import cross_attention_layers
-from .text import TextEncoders
+from .attention import cross_attention_layers, text_projection
+from .text import PromptEncoding, TextEncoders
 
 
-def _no_conditions(pooled: Tensor | None, resolution: int) -> dict[str, Any]:
+def _unconditioned(model: Any, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
     return {}
 
 
-def _text_and_sizes(pooled: Tensor | None, resolution: int) -> dict[str, Any]:
-    """What SDXL is told besides: the pooled prompt, and that the picture is whole and of the size it is drawn in."""
+def _text_and_sizes(model: Any, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
+    """The pooled prompt, and that the picture is whole and of the size it is drawn in."""
+    pooled = encoding.pooled
     assert pooled is not None
     sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).to(pooled)
     return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}}
+
+
+def _mask_and_sizes(model: Any, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
+    """What is padding; to models that take it, the size of the picture and its shape."""
+    sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if model.use_additional_conditions:
+        one = torch.ones(len(encoding.states), 1).to(encoding.states)
+        sizes = {"resolution": resolution * one.expand(-1, 2), "aspect_ratio": one}
+    return {"encoder_attention_mask": encoding.mask, "added_cond_kwargs": sizes}
 
 
 @dataclass(frozen=True)
@@ -28,19 +38,23 @@ class Family:
 
     Attributes:
         name: as people know it.
+        models: classes that the model that concepts are edited into may be of.
         text: names of the components that make its text encoding: tokenizers, each with its text encoder.
         layer: the hidden state that it takes from them, as in `TextEncoders`.
-        conditions: what its UNet is called with besides, from the pooled encoding of prompts and the side of a
-            square picture in pixels.
+        masked: whether it masks padding out, as in `TextEncoders`.
+        conditions: what its model is called with besides, from the model, the encoding of some prompts and the side
+            of a square picture in pixels.
     """
 
     name: str
+    models: tuple[str, ...] = ("UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel")
     text: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
     layer: int | None = None
-    conditions: Callable[[Tensor | None, int], dict[str, Any]] = _no_conditions
+    masked: bool = False
+    conditions: Callable[[Any, PromptEncoding, int], dict[str, Any]] = _unconditioned
 
 
-# The first that a pipeline has all components of is its family, or else the last.
+# The first whose model and components a pipeline has is its family.
 FAMILIES = (
     Family(
         "Stable Diffusion XL",
@@ -49,7 +63,15 @@ FAMILIES = (
         conditions=_text_and_sizes,
     ),
     Family("Stable Diffusion"),
+    Family("PixArt", models=("PixArtTransformer2DModel",), masked=True, conditions=_mask_and_sizes),
 )
+
+
+def edited_model(pipeline: Any) -> Any:
+    """The model of a pipeline that concepts are edited into, if it is of a family."""
+    unet = getattr(pipeline, "unet", None)
+    model = getattr(pipeline, "transformer", None) if unet is None else unet
+    return getattr(model, "_orig_mod", model)  # of torch.compile(model)
 
 
 def family_of(pipeline: Any) -> Family:
@@ -58,36 +80,39 @@ def family_of(pipeline: Any) -> Family:
     Raises:
         ValueError: if concepts cannot be edited into its model.
     """
-    unet = getattr(pipeline, "unet", None)
-    if unet is None:
-        model = type(getattr(pipeline, "transformer", None) or pipeline).__name__
-        raise ValueError(
-            f"{type(pipeline).__name__} has no UNet with cross-attention from text, and Perfusion cannot edit "
-            f"{model}; expected a pipeline such as StableDiffusionPipeline"
-        )
-    cross_attention_layers(unet)
-    for family in FAMILIES[:-1]:
-        if all(hasattr(pipeline, name) for pair in family.text for name in pair):
+    model = edited_model(pipeline)
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    for family in FAMILIES:
+        components = (name for pair in family.text for name in pair)
+        if kinds & set(family.models) and all(hasattr(pipeline, name) for name in components):
             return family
-    return FAMILIES[-1]
+    raise ValueError(
+        f"Perfusion cannot edit {type(pipeline).__name__}, whose model is {type(model).__name__}; expected a pipeline "
+        f"of {', '.join(family.name for family in FAMILIES)}: models with cross-attention from text, which those that "
+        "process text and picture in one joint attention have not"
+    )
 
 
 def text_encoders(pipeline: Any) -> TextEncoders:
     """The text encoders of a pipeline.
 
     Raises:
-        ValueError: as `family_of`, or if it lacks one, or they make other encodings than its UNet takes.
+        ValueError: as `family_of`, or if it lacks one, or they make other encodings than its model takes.
     """
-    family = family_of(pipeline)
+    family, model = family_of(pipeline), edited_model(pipeline)
+    layers = cross_attention_layers(model)
     for name in (name for pair in family.text for name in pair):
-        if getattr(pipeline, name, None) is None:
+        if getattr(pipeline, name) is None:
             raise ValueError(f"{type(pipeline).__name__} has no {name}, which has to learn the words of concepts")
     tokenizers, models = zip(*((getattr(pipeline, a), getattr(pipeline, b)) for a, b in family.text), strict=True)
-    texts = TextEncoders(tokenizers, models, family.layer)
-    for layer in cross_attention_layers(pipeline.unet).values():
-        if layer.cross_attention_dim != texts.width:
+    projection = text_projection(model)
+    texts = TextEncoders(tokenizers, models, family.layer, family.masked, projection)
+    widths = {layer.cross_attention_dim for layer in layers.values()}
+    for width in widths if projection is None else {model.config.caption_channels}:
+        if width != texts.width:
             raise ValueError(
-                f"{type(pipeline).__name__} takes text of width {layer.cross_attention_dim}, but its text encoders "
-                f"give width {texts.width}, so something stands between that Perfusion does not know"
+                f"{type(model).__name__} takes text of width {width}, but the text encoders of "
+                f"{type(pipeline).__name__} give width {texts.width}, so something stands between that Perfusion does "
+                "not know"
             )
     return texts

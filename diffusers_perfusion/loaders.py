@@ -17,7 +17,7 @@ from PIL import Image
 from .aside import AsideMixin
 from .attention import attach, check_concept_fits, detach, get_state, replaced_layers
 from .concept import WEIGHT_NAME, PerfusionConcept, check_bias, check_temperature
-from .families import text_encoders
+from .families import edited_model, text_encoders
 from .hub import find_concept_file, push_concept
 from .state import LoadedConcept, Locking, PerfusionState
 from .text import TextEncoders
@@ -52,8 +52,6 @@ class PerfusionLoaderMixin(AsideMixin):
 
     Concepts stay with the UNet: a pipeline made of the same components (`from_pipe`) has them too.
     """
-
-    unet: torch.nn.Module
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -98,12 +96,12 @@ class PerfusionLoaderMixin(AsideMixin):
             ValueError: if the file is no valid concept, is made for another model, or its name or word is taken. Then
                 none of a list is loaded.
         """
-        unet, texts = self.unet, text_encoders(self)
+        model, texts = edited_model(self), text_encoders(self)
         sources: Sequence[Any] = source if isinstance(source, (list, tuple)) else [source]
         names = _one_each("concept_name", concept_name, len(sources))
         words = _one_each("placeholder_token", placeholder_token, len(sources))
         concepts: dict[str, PerfusionConcept] = {}
-        state = get_state(unet)
+        state = get_state(model)
         for item, name, word in zip(sources, names, words, strict=True):
             if isinstance(item, PerfusionConcept):
                 concept = item.to()
@@ -121,7 +119,7 @@ class PerfusionLoaderMixin(AsideMixin):
                     local_files_only=local_files_only,
                 )
                 concept = PerfusionConcept.load(path)
-            check_concept_fits(concept, unet)
+            check_concept_fits(concept, model)
             if word is not None:
                 concept = replace(concept, placeholder_token=word)
             name = name or concept.placeholder_token.strip("<>")
@@ -139,10 +137,10 @@ class PerfusionLoaderMixin(AsideMixin):
             raise
 
     def _add_concept(self, name: str, concept: PerfusionConcept, texts: TextEncoders) -> None:
-        state = get_state(self.unet) or PerfusionState(Vocabulary(texts))
+        state = get_state(edited_model(self)) or PerfusionState(Vocabulary(texts))
         state.words.add(concept.placeholder_token, concept.word_embeddings, concept.superclass)
-        if get_state(self.unet) is None:
-            attach(self.unet, state)
+        if get_state(edited_model(self)) is None:
+            attach(edited_model(self), state)
         state.loaded[name] = LoadedConcept(concept, torch.tensor(concept.bias), torch.tensor(concept.temperature))
         state.active.append(name)
         state.refresh()
@@ -214,7 +212,7 @@ class PerfusionLoaderMixin(AsideMixin):
         return before
 
     def _restore(self, active: list[str], locking: Locking, settings: dict[str, tuple[Any, Any]]) -> None:
-        state = get_state(self.unet)
+        state = get_state(edited_model(self))
         if state is None:
             return
         state.active = [name for name in active if name in state.loaded]
@@ -227,7 +225,7 @@ class PerfusionLoaderMixin(AsideMixin):
     def enable_perfusion(self) -> None:
         """Switch concepts on again, and put back attention processors that something else has replaced."""
         state = self._state("enable")
-        attach(self.unet, state)
+        attach(edited_model(self), state)
         state.enabled = True
         state.refresh()
         state.words.enable()
@@ -258,19 +256,19 @@ class PerfusionLoaderMixin(AsideMixin):
 
     def unload_perfusion(self) -> None:
         """Unload every concept and leave the pipeline as it was, its very attention processors included."""
-        state = get_state(self.unet)
+        state = get_state(edited_model(self))
         if state is not None:
             state.words.disable()
-            detach(self.unet)
+            detach(edited_model(self))
 
     def list_perfusion(self) -> list[str]:
         """Names of the loaded concepts."""
-        state = get_state(self.unet)
+        state = get_state(edited_model(self))
         return [] if state is None else list(state.loaded)
 
     def get_active_perfusion(self) -> list[str]:
         """Names of the concepts that edit; none while concepts are disabled."""
-        state = get_state(self.unet)
+        state = get_state(edited_model(self))
         return [] if state is None or not state.enabled else list(state.active)
 
     def save_perfusion(
@@ -348,7 +346,7 @@ class PerfusionLoaderMixin(AsideMixin):
         plain = next(
             c for c in kind.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, PerfusionLoaderMixin)
         )
-        if (state := get_state(self.unet)) is not None:
+        if (state := get_state(edited_model(self))) is not None:
             for name, entry in state.loaded.items():
                 entry.concept.save(Path(save_directory) / CONCEPTS / f"{quote(name, safe='')}.safetensors")
         with self._aside():
@@ -370,7 +368,7 @@ class PerfusionLoaderMixin(AsideMixin):
         return state.loaded[concept_name].concept
 
     def _state(self, action: str) -> PerfusionState:
-        state = get_state(self.unet)
+        state = get_state(edited_model(self))
         if state is None:
             raise ValueError(f"there is no concept to {action}; load one with load_perfusion() first")
         return state
@@ -382,7 +380,7 @@ class PerfusionLoaderMixin(AsideMixin):
                 raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(loaded) or 'none'}")
 
     def _check_processors(self) -> None:
-        if replaced := replaced_layers(self.unet):
+        if replaced := replaced_layers(edited_model(self)):
             logger.warning(
                 f"The attention processors of {len(replaced)} layers were replaced after concepts were loaded (now "
                 f"{', '.join(sorted(set(replaced.values())))}); call enable_perfusion() to put the concepts back."

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .attention import cross_attention_layers
-from .families import family_of, text_encoders
+from .families import edited_model, family_of, text_encoders
 from .pictures import Picture, eight_bits, encode_latents, to_tensor
 from .text import superclass_positions
 
@@ -69,10 +69,7 @@ def subject_masks(
     if source == "attention":
         latents = encode_latents(pipeline.vae, to_tensor([picture.image for picture in pictures]))
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        return (
-            attention_masks(pipeline, scheduler, latents, superclass, seed),
-            source,
-        )
+        return attention_masks(pipeline, scheduler, latents, superclass, seed), source
     if source == "clipseg":
         return clipseg_masks(pictures, superclass), source
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -153,25 +150,27 @@ def attention_masks(
         superclass: what to look for.
         seed: of the noise.
     """
-    unet, texts = pipeline.unet, text_encoders(pipeline)
+    model, texts = edited_model(pipeline), text_encoders(pipeline)
     ids = texts.tokenize([f"a photo of a {superclass}"] * len(latents))
     tokens = superclass_positions(texts.tokenizers[0], superclass, ids[0][:1])[0]
     recorded: dict[int, list[Tensor]] = {}
     encoding = texts.encode(ids)
     states = encoding.states.to(latents)
-    conditions = family_of(pipeline).conditions(encoding.pooled, latents.shape[-1] * pipeline.vae_scale_factor)
+    conditions = family_of(pipeline).conditions(model, encoding, latents.shape[-1] * pipeline.vae_scale_factor)
     generator = torch.Generator().manual_seed(seed)
-    layers = cross_attention_layers(unet)
+    layers = cross_attention_layers(model)
     processors = {name: layer.processor for name, layer in layers.items()}
     try:
         for layer in layers.values():
             layer.set_processor(_RecordingProcessor(layer.processor, tokens, recorded))  # type: ignore[arg-type]
         for level in _NOISE_LEVELS:
-            timestep = torch.tensor(int(level * scheduler.config.num_train_timesteps), device=latents.device)
+            timestep = torch.full(
+                (len(latents),), int(level * scheduler.config.num_train_timesteps), device=latents.device
+            )
             for _ in range(_NOISES):
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
                 noisy = scheduler.add_noise(latents, noise, timestep)
-                unet(noisy, timestep, encoder_hidden_states=states, **conditions)
+                model(noisy, timestep=timestep, encoder_hidden_states=states, **conditions)
     finally:
         for name, layer in layers.items():
             layer.set_processor(processors[name])

@@ -3,7 +3,7 @@
 For a pipeline that exists already, or of another class, see `add_perfusion`.
 """
 
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import PixArtSigmaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from .loaders import PerfusionLoaderMixin
 
@@ -14,3 +14,7 @@ class PerfusionPipeline(PerfusionLoaderMixin, StableDiffusionPipeline):
 
 class PerfusionXLPipeline(PerfusionLoaderMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` that loads Perfusion concepts."""
+
+
+class PerfusionPixArtSigmaPipeline(PerfusionLoaderMixin, PixArtSigmaPipeline):
+    """`PixArtSigmaPipeline` that loads Perfusion concepts."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging
-from torch import Tensor
+from torch import Tensor, nn
 
 from .concept import PerfusionConcept
 from .editing import ParallelConceptsError, gates
@@ -76,6 +76,7 @@ class PerfusionState:
         loaded: concepts by name.
         active: names of those that edit, in the order they were activated.
         enabled: whether anything is edited at all.
+        projection: of the model, what it passes encodings through before its layers get them.
         edit: for the current text encoding; None if no row of it holds an active concept's word.
     """
 
@@ -85,6 +86,7 @@ class PerfusionState:
         self.loaded: dict[str, LoadedConcept] = {}
         self.active: list[str] = []
         self.enabled = True
+        self.projection: nn.Module | None = None
         self.edit: Edit | None = None
         self._words_of: dict[bytes, tuple[str, ...]] = {}
         self._twin_of: dict[bytes, Tensor] = {}
@@ -146,7 +148,12 @@ class PerfusionState:
         parts = encoding.split(self.words.widths, -1)
         return tuple(word for part in parts for word in self._words_of.get(_digest(part), ()))
 
-    def _make_edit(self, encodings: Tensor, words: Sequence[tuple[str, ...]]) -> Edit | None:
+    def _project(self, encodings: Tensor) -> Tensor:
+        """What the layers get for some encodings."""
+        # Past the hooks on it, one of which has called this.
+        return encodings if self.projection is None else self.projection.forward(encodings)
+
+    def _make_edit(self, states: Tensor, words: Sequence[tuple[str, ...]]) -> Edit | None:
         by_word = {self.loaded[name].concept.placeholder_token: name for name in self.active}
         rows_of: dict[tuple[str, ...], list[int]] = {}
         for row, held in enumerate(words):
@@ -156,6 +163,7 @@ class PerfusionState:
             self._warn_unseen()
             return None
         self._unseen = ()
+        encodings = self._project(states)
         # By name, so that the order in which they were loaded or stand in a prompt does not change a bit.
         order = sorted({name for names in rows_of for name in names})
         entries = [self.loaded[name] for name in order]
@@ -194,7 +202,7 @@ class PerfusionState:
             superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
             coef=coef,
             gate=gate,
-            keys=self._twins(encodings, [row for rows in rows_of.values() for row in rows])
+            keys=self._project(self._twins(states, [row for rows in rows_of.values() for row in rows]))
             if self.locking == "global"
             else None,
         )

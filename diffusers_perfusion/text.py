@@ -1,10 +1,11 @@
 """`TextEncoders`: what a model gets for a prompt, and where a super-category is in it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 # The super-category is encoded in these, and a concept is fitted in these with its word in the gap.
@@ -22,12 +23,22 @@ class PromptEncoding(NamedTuple):
     """What a model gets for some prompts.
 
     Attributes:
-        states: `e` at every position, `(batch, length, d)`.
-        pooled: the projected vector of each whole prompt, `(batch, d_pooled)`; None where the model takes none.
+        states: what it is called with, `(batch, length, width)`.
+        inputs: `e`, what its keys and values are made of, `(batch, length, d)`; the same, unless the model has a
+            projection of its own before its layers.
+        pooled: the projected vector of each whole prompt, `(batch, d_pooled)`; None where it takes none.
+        mask: one for tokens and zero for padding, `(batch, length)`; None where padding is seen like any token.
     """
 
     states: Tensor
+    inputs: Tensor
     pooled: Tensor | None
+    mask: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PromptEncoding":
+        """The same with every tensor changed."""
+        pooled, mask = (None if part is None else change(part) for part in (self.pooled, self.mask))
+        return PromptEncoding(change(self.states), change(self.inputs), pooled, mask)
 
 
 class TextEncoders:
@@ -37,28 +48,49 @@ class TextEncoders:
         tokenizers: one or several.
         models: the text encoder of each.
         layer: index of the hidden state that the pipeline takes; None for the last one after its norm.
+        masked: whether padding is masked out, so that it does not matter how much there is.
+        projection: of the model that is conditioned, what encodings go through before its layers get them.
     """
 
-    def __init__(self, tokenizers: Sequence[Any], models: Sequence[PreTrainedModel], layer: int | None = None):
+    def __init__(
+        self,
+        tokenizers: Sequence[Any],
+        models: Sequence[PreTrainedModel],
+        layer: int | None = None,
+        masked: bool = False,
+        projection: nn.Module | None = None,
+    ):
         self.tokenizers, self.models, self.layer = tuple(tokenizers), tuple(models), layer
+        self.masked, self.projection = masked, projection
 
     @property
     def width(self) -> int:
-        """Width of an encoding, `d`."""
+        """Width of `PromptEncoding.states`."""
         return sum(model.config.hidden_size for model in self.models)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Token ids for each text encoder, as `tokenize`."""
-        return tuple(tokenize(tokenizer, prompts) for tokenizer in self.tokenizers)
+        """Token ids for each text encoder, `(len(prompts), length)`: padded as far as matters."""
+        return tuple(
+            tokenize(tokenizer, prompts, "longest" if self.masked else "max_length") for tokenizer in self.tokenizers
+        )
 
     def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encodings of token ids, those for each text encoder in turn."""
-        outputs = [
-            model(ids.to(embedding_table(model).device), output_hidden_states=self.layer is not None)
-            for model, ids in zip(self.models, input_ids, strict=True)
-        ]
+        outputs, mask = [], None
+        for tokenizer, model, ids in zip(self.tokenizers, self.models, input_ids, strict=True):
+            ids = ids.to(embedding_table(model).device)
+            mask = ids.ne(tokenizer.pad_token_id).to(ids) if self.masked else None
+            outputs.append(model(ids, attention_mask=mask, output_hidden_states=self.layer is not None))
         states = torch.cat([states_of(output, self.layer) for output in outputs], -1)
-        return PromptEncoding(states, outputs[-1][0] if outputs[-1][0].ndim == 2 else None)
+        pooled = outputs[-1][0] if outputs[-1][0].ndim == 2 else None
+        return PromptEncoding(states, self._project(states), pooled, mask)
+
+    def _project(self, states: Tensor) -> Tensor:
+        """In the precision of the encodings, which may be higher than the model's."""
+        if self.projection is None:
+            return states
+        weights = {name: weight.to(states) for name, weight in self.projection.named_parameters()}
+        return functional_call(self.projection, weights, (states,))
 
 
 def states_of(output: Any, layer: int | None) -> Tensor:
@@ -66,11 +98,11 @@ def states_of(output: Any, layer: int | None) -> Tensor:
     return output[0] if layer is None else output.hidden_states[layer]
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids padded to the tokenizer's full length, as diffusers pads a prompt: `(len(prompts), length)`."""
+def tokenize(tokenizer: Any, prompts: Sequence[str], padding: str = "max_length") -> Tensor:
+    """Token ids padded to the tokenizer's full length, or to the `longest` of them: `(len(prompts), length)`."""
     return tokenizer(
         list(prompts),
-        padding="max_length",
+        padding=padding,
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
@@ -116,7 +148,7 @@ def superclass_input(texts: TextEncoders, superclass: str) -> Tensor:
     """
     ids = texts.tokenize([template.format(superclass) for template in TEMPLATES])
     last = superclass_positions(texts.tokenizers[0], superclass, ids[0])[:, -1]
-    return texts.encode(ids).states[torch.arange(len(last)), last].mean(0)
+    return texts.encode(ids).inputs[torch.arange(len(last)), last].mean(0)
 
 
 def initial_word_embeddings(texts: TextEncoders, superclass: str) -> list[Tensor]:

@@ -43,7 +43,10 @@ class ConceptWords:
         self._words: dict[str, tuple[Tensor, list[int]]] = {}
         self._ids: dict[int, str] = {}
         self._handles: list[Any] = []
-        self._input_ids: Tensor | None = None  # of the call that the text encoder is in
+        # Of the call that the text encoder is in.
+        self._input_ids: Tensor | None = None
+        self._attention_mask: Tensor | None = None
+        self._placed = False
         # A tokenizer can learn a token but not forget one. Its whole state is therefore held twice, with the concept
         # words and without, and put in and out of the one object that everybody shares.
         self._plain: dict[str, Any] | None = None
@@ -99,11 +102,16 @@ class ConceptWords:
             self._extend()
         self._plain = self.tokenizer.__dict__
         self.tokenizer.__dict__ = self._extended
-        embeddings = self.text_encoder.get_input_embeddings()
+        shape = embedding_table(self.text_encoder).shape
         self._handles = [
             self.text_encoder.register_forward_pre_hook(self._hide, with_kwargs=True),
-            embeddings.register_forward_hook(self._put_embeddings),
             self.text_encoder.register_forward_hook(self._report),
+            # T5 has two modules with the one table, and looks up in that which `get_input_embeddings` does not give.
+            *(
+                module.register_forward_hook(self._put_embeddings)
+                for module in self.text_encoder.modules()
+                if isinstance(module, nn.Embedding) and (module.num_embeddings, module.embedding_dim) == shape
+            ),
         ]
 
     def disable(self) -> None:
@@ -153,9 +161,10 @@ class ConceptWords:
 
     def _extend(self) -> None:
         extended = copy.deepcopy(self.tokenizer)
-        # Not normalized, or a tokenizer that lower-cases would never meet a word with capitals.
+        # Not normalized, or a tokenizer that lower-cases would never meet a word with capitals. With the space before
+        # it, which is a token of its own to some.
         tokens = [
-            AddedToken(word, normalized=False, single_word=word[0].isalnum() and word[-1].isalnum())
+            AddedToken(word, normalized=False, lstrip=True, single_word=word[0].isalnum() and word[-1].isalnum())
             for word in self._words
         ]
         extended.add_tokens(tokens)
@@ -172,6 +181,8 @@ class ConceptWords:
         The table has no row for them, and some text encoders take the highest id for the end of the prompt.
         """
         self._input_ids = ids = kwargs.get("input_ids", args[0] if args else None)
+        self._placed = False
+        self._attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if ids is None:
             return None
         hidden = ids.masked_fill(self._mask(ids), 0)
@@ -181,6 +192,7 @@ class ConceptWords:
         """Forward hook of the embedding layer: `v*` in the place of what was looked up for concept words."""
         if self._input_ids is None:
             return output
+        self._placed = True
         ids = self._input_ids.to(output.device)
         for token_id, word in self._ids.items():
             output = torch.where((ids == token_id).unsqueeze(-1), self._words[word][0].to(output), output)
@@ -190,6 +202,11 @@ class ConceptWords:
     def _report(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the text encoder: tell which of the encodings it made hold concept words."""
         input_ids, self._input_ids = self._input_ids, None
+        if input_ids is not None and not self._placed and self._mask(input_ids).any():
+            raise RuntimeError(
+                f"{type(module).__name__} encodes a prompt without looking up embeddings in its table, so the words "
+                "of concepts would be lost; load concepts on a pipeline whose text encoder does"
+            )
         # Without the hidden states it was not called for the encodings that the pipeline takes.
         if input_ids is None or self.on_encoding is None or (self.layer is not None and output.hidden_states is None):
             return
@@ -197,21 +214,24 @@ class ConceptWords:
         if not rows:
             return
         ids = input_ids.tolist()
-        twins = (
-            self._twin_encodings([ids[row] for row in rows], input_ids.device) if self.twins else [None] * len(rows)
-        )
+        twins: Sequence[Tensor | None] = [None] * len(rows)
+        if self.twins:
+            mask = None if self._attention_mask is None else self._attention_mask[rows]
+            twins = list(self._twin_encodings([ids[row] for row in rows], mask, input_ids.device))
         for row, twin in zip(rows, twins, strict=True):
             words = tuple(word for token_id, word in self._ids.items() if token_id in ids[row])
             self.on_encoding(states_of(output, self.layer)[row], words, twin)
 
-    def _twin_encodings(self, rows: list[list[int]], device: torch.device) -> Tensor:
+    def _twin_encodings(self, rows: list[list[int]], mask: Tensor | None, device: torch.device) -> Tensor:
         """Encodings of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
+
+        `mask` is one for tokens and zero for padding, which begins after them, or None.
 
         A super-category of several tokens makes the twin longer than the prompt. The encodings are gathered so that
         position `p` of the twin belongs to position `p` of the prompt, a concept word to the super-category's last
         token, because attention takes a key and its value from the same position.
         """
-        twins, gather = [], []
+        twins, gather, added = [], [], []
         for row in rows:
             twin: list[int] = []
             index = []
@@ -220,7 +240,13 @@ class ConceptWords:
                 index.append(min(len(twin), len(row)) - 1)
             twins.append([*twin[: len(row) - 1], row[-1]])
             gather.append(index)
-        output = self.text_encoder(torch.tensor(twins, device=device), output_hidden_states=self.layer is not None)
+            added.append(len(twin) - len(row))
+        if mask is not None:
+            longer = mask.sum(-1, keepdim=True) + torch.tensor(added, device=mask.device)[:, None]
+            mask = (torch.arange(mask.shape[1], device=mask.device) < longer).to(mask)
+        output = self.text_encoder(
+            torch.tensor(twins, device=device), attention_mask=mask, output_hidden_states=self.layer is not None
+        )
         encodings = states_of(output, self.layer)
         return torch.stack(
             [e[i] for e, i in zip(encodings, torch.tensor(gather, device=encodings.device), strict=True)]

@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -20,14 +31,17 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
 )
 
-from diffusers_perfusion import PerfusionConcept, PerfusionPipeline, PerfusionXLPipeline
+from diffusers_perfusion import PerfusionConcept, PerfusionPipeline, PerfusionPixArtSigmaPipeline, PerfusionXLPipeline
 from diffusers_perfusion.attention import cross_attention_layers
-from diffusers_perfusion.families import text_encoders
+from diffusers_perfusion.families import edited_model, text_encoders
 from diffusers_perfusion.text import superclass_input
 
 # Tiny models gain nothing from more threads, which would wait for each other on a busy machine.
@@ -114,6 +128,25 @@ def make_unet(seed=0, cross_attention_dim=WIDTH, channels=(16, 32), **settings):
         norm_num_groups=4,
         **settings,
     ).eval()
+
+
+def make_pixart(sample_size=8):
+    """Of sample size 128, which is PixArt-α's of 1024 pixels, it is told the size of the picture."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=12,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=48,
+        caption_channels=20,
+    ).eval()
+    # It begins at zero, and would draw nothing.
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    return transformer
 
 
 def make_text_encoder(tokenizer, kind=CLIPTextModel, width=WIDTH, seed=0, **settings):
@@ -216,6 +249,51 @@ def xl_pipeline(xl_components):
     return pipeline
 
 
+@pytest.fixture(scope="session")
+def t5_tokenizer_folder(tmp_path_factory):
+    """A T5 tokenizer whose vocabulary is a few whole words and letters, as a folder."""
+    folder = tmp_path_factory.mktemp("t5")
+    pieces = ["<pad>", "</s>", "<unk>", *(f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in WORDS)]
+    letters = ["\N{LOWER ONE EIGHTH BLOCK}", *map(chr, range(33, 127))]
+    scores = [(piece, -1.0) for piece in pieces] + [(letter, -5.0) for letter in letters]
+    tokenizer = Tokenizer(Unigram(scores, unk_id=2))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=LENGTH,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pixart_components(t5_tokenizer_folder):
+    """Parts of a PixArt pipeline: text of width 20, which the transformer brings to its own 48."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(t5_tokenizer_folder)
+    torch.manual_seed(0)
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=20, d_ff=40, d_kv=5, num_heads=4, num_layers=2)
+    ).eval()
+    return {
+        "vae": make_vae(AutoencoderKL),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "transformer": make_pixart(),
+        "scheduler": DDIMScheduler(clip_sample=False),
+    }
+
+
+@pytest.fixture
+def pixart_pipeline(pixart_components):
+    """A tiny `PerfusionPixArtSigmaPipeline`."""
+    pipeline = PerfusionPixArtSigmaPipeline(**pixart_components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields):
     """A concept for a pipeline with random numbers, so that it has an effect and two seeds differ."""
     generator = torch.Generator().manual_seed(seed)
@@ -223,9 +301,9 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
-    texts = text_encoders(pipeline)
+    texts, layers = text_encoders(pipeline), cross_attention_layers(edited_model(pipeline))
     i_super = superclass_input(texts, superclass)
-    i_star = i_super + 0.3 * random(texts.width)
+    i_star = i_super + 0.3 * random(len(i_super))
     embeddings = [random(model.config.hidden_size) for model in texts.models]
     return PerfusionConcept(
         **{
@@ -233,11 +311,9 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
             "superclass": superclass,
             **dict(zip(("word_embedding", "word_embedding_2"), embeddings, strict=False)),
             "target_input": i_star,
-            "inverse_target_input": i_star + 0.3 * random(texts.width),
+            "inverse_target_input": i_star + 0.3 * random(len(i_super)),
             "superclass_input": i_super,
-            "target_outputs": {
-                name: random(layer.inner_kv_dim) for name, layer in cross_attention_layers(pipeline.unet).items()
-            },
+            "target_outputs": {name: random(layer.inner_kv_dim) for name, layer in layers.items()},
             "base_model": "tiny",
             **fields,
         }

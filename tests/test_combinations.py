@@ -1,11 +1,12 @@
 """A concept in the pipelines people have, beside what else they load: it has an effect, and leaves without a trace."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from conftest import make_vae, random_concept
+from conftest import LENGTH, make_pixart, make_vae, random_concept
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -14,6 +15,9 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     LCMScheduler,
     MotionAdapter,
+    PixArtAlphaPipeline,
+    PixArtSigmaPAGPipeline,
+    PixArtSigmaPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -32,7 +36,7 @@ from torch._dynamo.testing import CompileCounter
 
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.attention import cross_attention_layers
-from diffusers_perfusion.families import text_encoders
+from diffusers_perfusion.families import edited_model, text_encoders
 
 PROMPTS = ["a <my-cat> on the beach", "a cat on the beach"]
 
@@ -62,6 +66,8 @@ def scheduled(scheduler, **settings):
 def mask():
     return (image(2, 1) > 0.5).float()
 
+
+PIXART = {"use_resolution_binning": False, "max_sequence_length": LENGTH, "clean_caption": False}
 
 # By family, what makes a pipeline of components, and what it is called with.
 PIPELINES = {
@@ -134,8 +140,31 @@ PIPELINES = {
             lambda: {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]},
         ),
     },
+    "PixArt": {
+        "text to image": (lambda parts: PixArtSigmaPipeline(**parts), lambda: PIXART),
+        "PixArt-α": (
+            lambda parts: PixArtAlphaPipeline(**parts | {"transformer": make_pixart(128)}),
+            lambda: PIXART | {"height": 16, "width": 16},
+        ),
+        "PAG": (
+            lambda parts: PixArtSigmaPAGPipeline(**parts, pag_applied_layers=["transformer_blocks.0"]),
+            lambda: PIXART | {"pag_scale": 2.0},
+        ),
+        "without guidance": (lambda parts: PixArtSigmaPipeline(**parts), lambda: PIXART | {"guidance_scale": 1.0}),
+        "several of each prompt": (
+            lambda parts: PixArtSigmaPipeline(**parts),
+            lambda: (
+                PIXART
+                | {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]}
+            ),
+        ),
+    },
 }
-COMPONENTS = {"Stable Diffusion": "components", "Stable Diffusion XL": "xl_components"}
+COMPONENTS = {
+    "Stable Diffusion": "components",
+    "Stable Diffusion XL": "xl_components",
+    "PixArt": "pixart_components",
+}
 
 
 @pytest.fixture
@@ -153,7 +182,7 @@ def test_a_concept_in_a_pipeline(parts, family, generate, name, locking):
     def draw():
         return generate(PROMPTS, pipe, **arguments())
 
-    processors = dict(pipe.unet.attn_processors)
+    processors = dict(edited_model(pipe).attn_processors)
     before = draw()
     with_word, plain = before.chunk(2)
     add_perfusion(pipe).load_perfusion(random_concept(pipe))
@@ -167,7 +196,7 @@ def test_a_concept_in_a_pipeline(parts, family, generate, name, locking):
     assert torch.equal(draw(), edited)
     pipe.unload_perfusion()
     assert torch.equal(draw(), before)
-    assert all(pipe.unet.attn_processors[key] is processor for key, processor in processors.items())
+    assert all(edited_model(pipe).attn_processors[key] is one for key, one in processors.items())
 
 
 # Beside what else is loaded
@@ -206,22 +235,22 @@ def no_textual_inversion(pipe):
 
 
 def model_offload(pipe):
-    for model in (*text_encoders(pipe).models, pipe.unet, pipe.vae):
+    for model in (*text_encoders(pipe).models, edited_model(pipe), pipe.vae):
         cpu_offload_with_hook(model, execution_device="cpu")
 
 
 def sequential_offload(pipe):
-    for model in (*text_encoders(pipe).models, pipe.unet, pipe.vae):
+    for model in (*text_encoders(pipe).models, edited_model(pipe), pipe.vae):
         cpu_offload(model, execution_device=torch.device("cpu"))
 
 
 def group_offload(pipe):
     cpu = torch.device("cpu")
-    pipe.unet.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    edited_model(pipe).enable_group_offload(cpu, cpu, offload_type="leaf_level")
 
 
 def layerwise(pipe):
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    edited_model(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
 def ip_adapter(pipe):
@@ -277,13 +306,21 @@ FEATURES = {
 }
 
 
+# What PixArt's pipelines do not have is left out.
+BESIDE = {
+    "Stable Diffusion": list(FEATURES),
+    "Stable Diffusion XL": list(FEATURES),
+    "PixArt": ["bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting"],
+}
+
+
 def test_the_readme_says_what_is_tested():
     text = (Path(__file__).parent.parent / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
     said = {row[1]: set(row[2].split(", ")) for row in rows}
     for family, kinds in PIPELINES.items():
         assert said[family] == {*kinds, *(["AnimateDiff"] if family == "Stable Diffusion" else [])}
-    assert said["beside a concept, loaded before or after"] == {*FEATURES}
+        assert said[f"beside, in {family}"] == {*BESIDE[family]}
 
 
 @pytest.fixture
@@ -298,20 +335,19 @@ def effect(one, other):
     return float((one - other).abs().max())
 
 
-@pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize(
-    ("family", "locking", "first"),
+    ("family", "locking", "first", "name"),
     [
-        ("Stable Diffusion", "local", "concept"),
-        ("Stable Diffusion", "local", "other"),
-        ("Stable Diffusion", "global", "concept"),
-        ("Stable Diffusion", "global", "other"),
-        ("Stable Diffusion XL", "local", "other"),
-        ("Stable Diffusion XL", "global", "concept"),
+        (family, *order, name)
+        for family, names in BESIDE.items()
+        for order in itertools.product(("local", "global"), ("concept", "other"))
+        for name in names
+        if family == "Stable Diffusion" or order in (("local", "other"), ("global", "concept"))
     ],
 )
-def test_a_concept_beside(pipe, generate, name, locking, first):
+def test_a_concept_beside(pipe, family, generate, name, locking, first):
     concept, (add, _, arguments) = random_concept(pipe), FEATURES[name]
+    arguments = PIPELINES[family]["text to image"][1]() | arguments
 
     def load():
         pipe.load_perfusion(concept)
@@ -341,7 +377,7 @@ def test_a_concept_beside(pipe, generate, name, locking, first):
 
 @pytest.mark.parametrize("name", [name for name, (_, remove, _) in FEATURES.items() if remove])
 @pytest.mark.parametrize("first", ["concept", "other"])
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", ["Stable Diffusion", "Stable Diffusion XL"])
 def test_the_other_has_an_effect_and_may_leave_first(pipe, generate, name, first):
     add, remove, arguments = FEATURES[name]
     before, concept = generate(PROMPTS, pipe), random_concept(pipe)

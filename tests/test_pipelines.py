@@ -1,9 +1,10 @@
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_concept
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline, StableDiffusionPipeline
 
 from diffusers_perfusion import PerfusionPipeline, PerfusionXLPipeline, add_perfusion
 
@@ -99,3 +100,23 @@ def test_neither_order_changes_a_bit(pipeline, make_concept, generate):
     assert torch.equal(generate("a <my-cat> on a <my-dog>"), drawn)
     pipeline.set_perfusion(["my-cat", "my-dog"])
     assert torch.equal(generate("a <my-cat> on a <my-dog>"), drawn)
+
+
+@pytest.mark.parametrize("clean_caption", [False, True])
+def test_words_survive_what_pixart_does_to_prompts(pixart_pipeline, monkeypatch, clean_caption):
+    """It lower-cases them, or takes what is in angle brackets for HTML."""
+    pipe = pixart_pipeline
+    monkeypatch.setattr(
+        PixArtSigmaPipeline, "_clean_caption", lambda self, text: re.sub("<[^>]*>", "", text).lower(), raising=True
+    )
+    for name in ("is_bs4_available", "is_ftfy_available"):
+        monkeypatch.setattr(f"diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma.{name}", lambda: True)
+    for word in ("<My-Cat>", "<My-Cat>2"):
+        pipe.load_perfusion(random_concept(pipe, word, seed=len(word)))
+    prompts = ["A <My-Cat>2 and <My-Cat>, on the <b>Beach</b>", "A Cat"]
+    kept = "beach" if clean_caption else "<b>beach</b>"
+    expected = [f"a <My-Cat>2 and <My-Cat>, on the {kept}", "a cat"]
+    assert pipe._text_preprocessing(prompts, clean_caption=clean_caption) == expected
+    assert pipe._text_preprocessing(prompts[1], clean_caption=clean_caption) == expected[1:]
+    pipe.unload_perfusion()
+    assert "My" not in pipe._text_preprocessing(prompts, clean_caption=clean_caption)[0]

@@ -441,6 +441,46 @@ def test_the_hidden_state_that_the_pipeline_takes_is_reported(xl_components, rep
     assert not report
 
 
+def test_a_word_is_encoded_by_its_embedding_in_t5(pixart_components):
+    tokenizer, model = pixart_components["tokenizer"], pixart_components["text_encoder"]
+    other = copy.deepcopy(model)
+    embedding_table(other).data[tokenizer("dog").input_ids[0]] = vector(0, 20)
+    ids = tokenize(tokenizer, ["a dog on the beach"])
+    expected = other(ids, attention_mask=ids.ne(0))[0]
+    words = ConceptWords(tokenizer, model)
+    words.add("<my-dog>", vector(0, 20), "dog")
+    words.enable()
+    ids = tokenize(tokenizer, ["a <my-dog> on the beach"])
+    assert torch.equal(model(ids, attention_mask=ids.ne(0))[0], expected)
+
+
+@pytest.mark.parametrize("superclass", ["dog", "teddy bear"])
+def test_a_twin_beside_masked_padding(pixart_components, report_of, superclass):
+    tokenizer, model = pixart_components["tokenizer"], pixart_components["text_encoder"]
+    words = ConceptWords(tokenizer, model)
+    ids = tokenize(tokenizer, [f"a {superclass} on the beach"])
+    expected = model(ids, attention_mask=ids.ne(0))[0][0]
+    report = report_of(words)
+    words.add("<my-dog>", vector(0, 20), superclass)
+    words.twins = True
+    words.enable()
+    ids = tokenize(tokenizer, ["a <my-dog> on the beach"])
+    model(ids, attention_mask=ids.ne(0))
+    longer = len(superclass.split())
+    torch.testing.assert_close(report[0][2][:6], expected[[0, *range(longer, longer + 5)]])
+
+
+def test_a_text_encoder_that_does_not_look_up_words_is_an_error(words):
+    words.add("<my-cat>", vector(0), "cat")
+    words.enable()
+    embeddings = words.text_encoder.get_input_embeddings()
+    for key in list(embeddings._forward_hooks):
+        del embeddings._forward_hooks[key]
+    encode_prompts(words, "a cat")
+    with pytest.raises(RuntimeError, match="CLIPTextModel encodes a prompt without looking up"):
+        encode_prompts(words, "a <my-cat>")
+
+
 def test_a_word_is_taught_to_all_or_none(vocabulary, xl_components):
     tokenizers = xl_components["tokenizer"], xl_components["tokenizer_2"]
     lengths = [len(tokenizer) for tokenizer in tokenizers]

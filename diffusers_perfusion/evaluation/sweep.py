@@ -16,6 +16,7 @@ from safetensors.torch import save as serialize
 from tqdm.auto import tqdm
 
 from ..concept import HEADER_KEY, ConceptHeader, PerfusionConcept, check_bias, check_temperature, write_atomically
+from ..families import edited_model
 from ..loaders import add_perfusion
 from ..pictures import slug
 from ..state import Locking
@@ -262,7 +263,7 @@ def sweep(
         "base_model": _name(pipeline),
         "concept_sha256": fingerprint(concept),
         "scheduler": type(pipeline.scheduler).__name__,
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "dtype": str(edited_model(pipeline).dtype).removeprefix("torch."),
         "locking": locking,
         **denoising,
     }

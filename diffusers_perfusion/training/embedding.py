@@ -75,6 +75,6 @@ def word_input(texts: TextEncoders, word: str, embeddings: Sequence[Tensor], sup
     try:
         ids = texts.tokenize([template.format(word) for template in TEMPLATES])
         at = words.positions(ids, word)
-        return texts.encode(ids).states[torch.arange(len(at)), at].mean(0)
+        return texts.encode(ids).inputs[torch.arange(len(at)), at].mean(0)
     finally:
         words.disable()

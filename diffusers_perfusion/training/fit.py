@@ -10,9 +10,10 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attention import cross_attention_layers
 from ..concept import WEIGHT_NAME, PerfusionConcept
 from ..covariance import cached_covariance, check_covariance, invert, load_covariance
-from ..families import text_encoders
+from ..families import edited_model, text_encoders
 from ..hub import create_repository, push_concept
 from ..loaders import add_perfusion
 from ..masks import subject_masks
@@ -66,8 +67,8 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     accelerator = accelerator or make_accelerator(config)
     if add_perfusion(pipeline).list_perfusion():
         raise ValueError("the pipeline has concepts loaded; call unload_perfusion() before a fit")
-    factor = pipeline.vae_scale_factor
-    resolution = config.resolution or pipeline.unet.config.sample_size * factor
+    model, factor = edited_model(pipeline), pipeline.vae_scale_factor
+    resolution = config.resolution or model.config.sample_size * factor
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
     texts = text_encoders(pipeline)
@@ -94,20 +95,20 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
             repo_id = create_repository(name, private=config.hub_private, token=config.hub_token)
 
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    for model in (pipeline.vae, *texts.models, pipeline.unet):
+    for part in (pipeline.vae, *texts.models, model):
         # Text encoders stay in float32 under mixed precision, for the metric lives on its last digits.
-        _move(model, accelerator.device, torch.float32)
-        model.requires_grad_(False).eval()
+        _move(part, accelerator.device, torch.float32)
+        part.requires_grad_(False).eval()
     masks, mask_source = subject_masks(
         config.mask, pictures, config.instance_data_dir, config.superclass, pipeline, config.seed
     )
     subject = make_subject(pipeline.vae, to_tensor([picture.image for picture in pictures]), masks, config.random_flip)
     with accelerator.local_main_process_first():
-        c_inv = invert(_covariance(texts, config))
-    _move(pipeline.unet, accelerator.device, _PRECISIONS.get(accelerator.mixed_precision, torch.float32))
-    checkpointed = pipeline.unet.is_gradient_checkpointing
+        c_inv = invert(check_covariance(_covariance(texts, config), _input_width(model)))
+    _move(model, accelerator.device, _PRECISIONS.get(accelerator.mixed_precision, torch.float32))
+    checkpointed = model.is_gradient_checkpointing
     if config.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     facts = {"pictures": len(pictures), "mask": mask_source, "resolution": resolution}
     try:
         learner = Learner(pipeline, config, accelerator, subject, c_inv)
@@ -119,7 +120,7 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     finally:
         pipeline.unload_perfusion()
         if not checkpointed:
-            pipeline.unet.disable_gradient_checkpointing()
+            model.disable_gradient_checkpointing()
         accelerator.end_training()
     if repo_id is not None:
         _share(pipeline, config, accelerator, repo_id)
@@ -152,11 +153,16 @@ def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     model.to(device)
 
 
+def _input_width(model: Any) -> int:
+    """Width of what the cross-attention layers of a model get, `d`."""
+    return next(iter(cross_attention_layers(model).values())).cross_attention_dim
+
+
 def _covariance(texts: TextEncoders, config: FitConfig) -> Tensor:
     """`C` from where the config says, or from captions that lie with the base model, or from generated ones."""
     source = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
     if source.suffix in (".npy", ".pt", ".safetensors"):
-        return check_covariance(load_covariance(source), texts.width)
+        return load_covariance(source)
     return cached_covariance(texts, source if source.is_file() else None)
 
 

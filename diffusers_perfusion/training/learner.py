@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attention import cross_attention_layers, get_state
 from ..concept import PerfusionConcept
-from ..families import family_of, text_encoders
+from ..families import edited_model, family_of, text_encoders
 from ..text import TEMPLATES, superclass_input
 from .config import FitConfig
 from .data import Subject
@@ -46,7 +46,7 @@ class Learner:
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
         self.subject, self.c_inv = subject, c_inv
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.texts, self.family = text_encoders(pipeline), family_of(pipeline)
+        self.texts, self.family, self.model = text_encoders(pipeline), family_of(pipeline), edited_model(pipeline)
         self.concept = self._start()
         self.prompt_ids = self.texts.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])
         word_at = self._state.words.positions(self.prompt_ids, config.placeholder_token)
@@ -74,7 +74,7 @@ class Learner:
 
     @property
     def _state(self) -> Any:
-        return get_state(self.pipeline.unet)
+        return get_state(self.model)
 
     @property
     def _batch_of_all(self) -> int:
@@ -90,10 +90,8 @@ class Learner:
         if config.initial_embedding is not None:
             i_start = word_input(self.texts, config.placeholder_token, embeddings, config.superclass)
         with torch.no_grad():
-            inputs = i_start.to(pipeline.unet.dtype)
-            outputs = {
-                name: layer.to_v(inputs).float() for name, layer in cross_attention_layers(pipeline.unet).items()
-            }
+            inputs = i_start.to(self.model.dtype)
+            outputs = {name: layer.to_v(inputs).float() for name, layer in cross_attention_layers(self.model).items()}
         pipeline.load_perfusion(
             PerfusionConcept(
                 placeholder_token=config.placeholder_token,
@@ -159,21 +157,21 @@ class Learner:
 
     def _forward(self, pictures: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and the mean encoding at the concept's word, `(d,)`, out of the graph."""
-        unet = self.pipeline.unet
         # Rows are chosen by a product with ones and zeros: the backward of indexing adds up repeated rows in whatever
         # order threads come, and a fit that goes on would not end in the same bits.
         chosen = F.one_hot(prompts, len(TEMPLATES)).float()
         encoding = self.texts.encode(self.prompt_ids)
-        states = torch.tensordot(chosen, encoding.states, dims=1)
-        pooled = None if encoding.pooled is None else (chosen @ encoding.pooled).to(unet.dtype)
-        at_word = states[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
-        states = states.to(unet.dtype)
-        self._state.prepare(states, [(self.config.placeholder_token,)] * len(prompts))
+        encoding = encoding.map(lambda part: torch.tensordot(chosen, part.to(chosen), dims=1))
+        at_word = encoding.inputs[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
+        encoding = encoding.map(lambda part: part.to(self.model.dtype))
+        self._state.prepare(encoding.states, [(self.config.placeholder_token,)] * len(prompts))
         latents = self.subject.latents[pictures]
-        noisy = self.scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
-        conditions = self.family.conditions(pooled, latents.shape[-1] * self.pipeline.vae_scale_factor)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps).to(self.model.dtype)
+        conditions = self.family.conditions(self.model, encoding, latents.shape[-1] * self.pipeline.vae_scale_factor)
         with self.accelerator.autocast():
-            prediction = unet(noisy, timesteps, encoder_hidden_states=states, **conditions).sample
+            prediction = self.model(noisy, timestep=timesteps, encoder_hidden_states=encoding.states, **conditions)
+        # Some models predict a variance as well, in channels behind.
+        prediction = prediction.sample[:, : latents.shape[1]]
         target = prediction_target(self.scheduler, latents, noise, timesteps)
         weights = snr_weights(self.scheduler, timesteps, self.config.snr_gamma)
         return masked_loss(prediction, target, self.subject.masks[pictures], weights), at_word

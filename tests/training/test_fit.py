@@ -4,13 +4,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import WIDTH, make_unet
+from conftest import LENGTH, WIDTH, make_unet
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -92,24 +93,29 @@ def test_a_fit_writes_a_concept_that_has_an_effect(run, pipeline, generate):
     assert facts.items() <= concept.training.items()
 
 
-def test_a_fit_of_two_text_encoders(xl_pipeline, fit_settings, generate, tmp_path):
+@pytest.mark.parametrize("name", ["xl_pipeline", "pixart_pipeline"])
+def test_a_fit_of_other_families(request, name, fit_settings, generate):
+    pipe = request.getfixturevalue(name)
+    if name == "pixart_pipeline":
+        generate = partial(generate, use_resolution_binning=False, clean_caption=False, max_sequence_length=LENGTH)
+    pipe.text_encoder.requires_grad_(False)  # as a fit leaves it; torch multiplies otherwise, in the last bits
     prompts = ["a <my-cat> on the beach", "a cat on the beach"]
-    plain = generate(prompts, xl_pipeline)
+    plain = generate(prompts, pipe)
     config = FitConfig(**fit_settings | {"mask": "attention", "max_train_steps": 6, "checkpointing_steps": 3})
-    fit(xl_pipeline, config)
+    fit(pipe, config)
     path = Path(config.output_dir) / "perfusion.safetensors"
     concept = PerfusionConcept.load(path)
-    starts = initial_word_embeddings(text_encoders(xl_pipeline), "cat")
+    starts = initial_word_embeddings(text_encoders(pipe), "cat")
     for embedding, start in zip(concept.word_embeddings, starts, strict=True):
         assert (embedding - start).abs().max() > 1e-3
-    add_perfusion(xl_pipeline).load_perfusion(path)
-    fitted = generate(prompts, xl_pipeline)
+    add_perfusion(pipe).load_perfusion(path)
+    fitted = generate(prompts, pipe)
     assert torch.equal(fitted[1], plain[1])
-    assert not torch.allclose(fitted[0], plain[1], atol=1e-2)
-    xl_pipeline.unload_perfusion()
+    assert not torch.allclose(fitted[0], plain[1], atol=1e-3)
+    pipe.unload_perfusion()
     written = path.read_bytes()
     path.unlink()
-    fit(xl_pipeline, replace(config, resume_from_checkpoint="checkpoint-3"))
+    fit(pipe, replace(config, resume_from_checkpoint="checkpoint-3"))
     assert path.read_bytes() == written
 
 
@@ -429,14 +435,14 @@ def test_a_covariance_of_another_text_encoder(run, no_long_work, tmp_path):
 
 def test_models_that_cannot_take_a_concept(fit_settings, components, monkeypatch, no_long_work):
     blind = components | {"unet": make_unet(cross_attention_dim=2 * WIDTH)}
-    with pytest.raises(ValueError, match=r"takes text of width 64, but its text encoders give width 32"):
+    with pytest.raises(ValueError, match=r"takes text of width 64, but the text encoders of .* give width 32"):
         fit(StableDiffusionPipeline(**blind), FitConfig(**fit_settings))
     pipeline = StableDiffusionPipeline(**components)
     monkeypatch.setattr(type(pipeline.unet), "attn_processors", {})
     with pytest.raises(ValueError, match="has no cross-attention layer from text"):
         fit(pipeline, FitConfig(**fit_settings))
     pipeline.unet = None
-    with pytest.raises(ValueError, match="has no UNet with cross-attention"):
+    with pytest.raises(ValueError, match="cannot edit StableDiffusionPipeline, whose model is NoneType"):
         fit(pipeline, FitConfig(**fit_settings))
 
 
