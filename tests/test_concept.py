@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 
 from diffusers_perfusion import PerfusionConcept
-from diffusers_perfusion.concept import MAX_FILE_BYTES, MAX_TENSORS
+from diffusers_perfusion.concept import MAX_FILE_BYTES, MAX_TENSORS, ConceptHeader
 
 WIDTH = 32
 VECTORS = ("word_embedding", "target_input", "inverse_target_input", "superclass_input")
@@ -45,7 +45,7 @@ def random_concept(width=WIDTH, layers=None, **given):
 
 
 def same_description(one, other):
-    names = [f.name for f in fields(one) if f.name not in (*VECTORS, "target_outputs")]
+    names = [f.name for f in fields(one) if f.name not in (*VECTORS, "word_embedding_2", "target_outputs")]
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
@@ -101,6 +101,39 @@ def test_a_concept_of_stable_diffusion_1_5_takes_35_kilobytes(tmp_path):
     assert (len(layers), sum(layers.values())) == (16, 12480)
     concept = random_concept(768, layers, word_embedding=torch.ones(768))
     assert concept.save(tmp_path / "cat.safetensors").stat().st_size <= 36_000
+
+
+def test_size_of_a_stable_diffusion_xl_concept(tmp_path):
+    blocks = {"down_blocks.1": (640, 2, 2), "down_blocks.2": (1280, 2, 10), "mid_block": (1280, 1, 10)}
+    blocks |= {"up_blocks.0": (1280, 3, 10), "up_blocks.1": (640, 3, 2)}
+    layers = {
+        f"{block}.attentions.{n}.transformer_blocks.{m}.attn2": size
+        for block, (size, count, depth) in blocks.items()
+        for n in range(count)
+        for m in range(depth)
+    }
+    assert (len(layers), sum(layers.values())) == (70, 83200)
+    embeddings = {"word_embedding": torch.ones(768), "word_embedding_2": torch.ones(1280)}
+    concept = random_concept(2048, layers, **embeddings)
+    assert concept.save(tmp_path / "cat.safetensors").stat().st_size <= 200_000
+
+
+def test_a_second_word_embedding_is_in_the_file_if_there_is_one(tmp_path):
+    second = torch.arange(5.0)
+    with_two = random_concept(word_embedding_2=second)
+    loaded = PerfusionConcept.load(with_two.save(tmp_path / "two"))
+    assert [len(embedding) for embedding in loaded.word_embeddings] == [24, 5]
+    assert torch.equal(loaded.word_embedding_2.float(), second)
+    assert same_description(loaded, with_two)
+    assert (
+        ConceptHeader.read(tmp_path / "two").layers
+        == ConceptHeader.read(random_concept().save(tmp_path / "one")).layers
+    )
+    one = PerfusionConcept.load(tmp_path / "one")
+    assert one.word_embedding_2 is None and len(one.word_embeddings) == 1
+    assert with_two.to(torch.float64).word_embedding_2.dtype == torch.float64
+    with pytest.raises(ValueError, match="word_embedding_2 holds NaN"):
+        random_concept(word_embedding_2=second / 0)
 
 
 def test_bytes_of_a_file_depend_on_the_concept_alone(tmp_path):
