@@ -1,5 +1,6 @@
 """`PerfusionAttnProcessor`, and how it is put on a UNet and taken off."""
 
+from collections.abc import Callable
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .concept import PerfusionConcept
 from .editing import edit
-from .state import Edit, PerfusionState
+from .state import Edit, Made, PerfusionState, version_of
 
 
 class PerfusionAttnProcessor:
@@ -66,7 +67,10 @@ class _PerfusionModuleProcessor(PerfusionAttnProcessor, nn.Module):
 
 
 class _EditedAttention:
-    """Stands in for an `Attention` whose `to_k` and `to_v` give edited keys and values (paper Eq. 4)."""
+    """Stands in for an `Attention` whose `to_k` and `to_v` give edited keys and values (paper Eq. 4).
+
+    Text does not change between denoising steps, so what they give is made once for an encoding, and given again.
+    """
 
     def __init__(self, attn: Attention, layer: str, edit: Edit):
         self._attn = attn
@@ -79,15 +83,37 @@ class _EditedAttention:
 
     def to_k(self, encodings: Tensor, *args: Any) -> Tensor:
         """Locked keys: `o*_K = W_K i_super`, or globally the keys of the super-category twin (paper Section 4)."""
-        self.unused.discard("to_k")
+        return self._once("to_k", self._keys, encodings, args)
+
+    def to_v(self, encodings: Tensor, *args: Any) -> Tensor:
+        """Learned values `o*_V`."""
+        return self._once("to_v", self._values, encodings, args)
+
+    def _once(self, name: str, make: Callable[..., Tensor], encodings: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """What `make` gives; not made again while all that it is made of is the same."""
+        self.unused.discard(name)
+        projection = getattr(self._attn, name)
+        if args or not _is_repeatable(projection):
+            return make(encodings, *args)
+        outputs = [concept.target_outputs[self._layer] for concept in self._edit.concepts]
+        version = (
+            [version_of(tensor) for tensor in (encodings, *projection.parameters(), *outputs)],
+            [(weight.data_ptr(), weight.dtype) for weight in projection.parameters()],
+            torch.is_autocast_enabled(encodings.device.type) and torch.get_autocast_dtype(encodings.device.type),
+        )
+        made = self._edit.made.get((self._layer, name))
+        if made is None or made.encodings is not encodings or made.version != (*version, version_of(made.output)):
+            output = make(encodings)
+            made = self._edit.made[self._layer, name] = Made(encodings, (*version, version_of(output)), output)
+        return made.output
+
+    def _keys(self, encodings: Tensor, *args: Any) -> Tensor:
         if self._edit.keys is not None:
             return self._attn.to_k(self._edit.keys.to(encodings.dtype), *args)
         w_i, w_super = self._project(self._attn.to_k, encodings.dtype)
         return edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, w_super, w_super)
 
-    def to_v(self, encodings: Tensor, *args: Any) -> Tensor:
-        """Learned values `o*_V`."""
-        self.unused.discard("to_v")
+    def _values(self, encodings: Tensor, *args: Any) -> Tensor:
         w_i, w_super = self._project(self._attn.to_v, encodings.dtype)
         # Cast one by one: autocast on a CPU does not stack half precision, in which files are stored.
         o = torch.stack([concept.target_outputs[self._layer].to(encodings.dtype) for concept in self._edit.concepts])
@@ -98,6 +124,20 @@ class _EditedAttention:
         inputs = torch.cat([self._edit.target_input, self._edit.superclass_input])
         w_i, w_super = _linear(projection, inputs.to(dtype)).chunk(2)
         return w_i, w_super
+
+
+def _is_repeatable(projection: nn.Module) -> bool:
+    """Whether a projection gives the same for the same: not while learning, nor with what others have put on it.
+
+    A LoRA, quantisation or offloading may change at any step, and a graph cannot hold what it has given.
+    """
+    return (
+        type(projection) is nn.Linear
+        and "forward" not in vars(projection)
+        and not (projection._forward_hooks or projection._forward_pre_hooks)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _linear(projection: nn.Module, inputs: Tensor) -> Tensor:

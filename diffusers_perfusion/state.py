@@ -6,8 +6,8 @@ It hangs on the UNet, because that is what pipelines share with each other and w
 import hashlib
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.utils import logging
@@ -44,6 +44,20 @@ class LoadedConcept:
     temperature: Tensor
 
 
+class Made(NamedTuple):
+    """Keys or values of a layer, and what they were made of.
+
+    Attributes:
+        encodings: what the layer was called with.
+        version: of all other tensors, and of the output itself, which somebody may have changed in place.
+        output: the keys or values.
+    """
+
+    encodings: Tensor
+    version: tuple[Any, ...]
+    output: Tensor
+
+
 @dataclass(frozen=True)
 class Edit:
     """What every layer needs to edit one batch of text encodings.
@@ -55,6 +69,7 @@ class Edit:
         coef: as `editing.gates`, `(batch, length, J)`; zero for a concept whose word is not in the row's prompt.
         gate: likewise.
         keys: encodings that feed every K projection instead, `(batch, length, d)`; None for local key-locking.
+        made: the keys and values that its layers have made with it, by layer and projection.
     """
 
     concepts: tuple[PerfusionConcept, ...]
@@ -63,6 +78,7 @@ class Edit:
     coef: Tensor
     gate: Tensor
     keys: Tensor | None
+    made: dict[tuple[str, str], Made] = field(default_factory=dict)
 
 
 class PerfusionState:
@@ -134,7 +150,7 @@ class PerfusionState:
         Raises:
             ValueError: if concepts in one prompt are nearly parallel, or a prompt has no twin for global key-locking.
         """
-        version = None if encodings.is_inference() else encodings._version
+        version = version_of(encodings)
         if self._source is not None and self._source[0]() is encodings and self._source[1] == version:
             return
         self.refresh()
@@ -233,6 +249,11 @@ class PerfusionState:
                 "it was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised."
             )
             self._unseen = ()
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None for those of inference mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _remember(store: dict[bytes, Any], key: bytes, value: Any, limit: int) -> None:

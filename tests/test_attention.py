@@ -523,3 +523,135 @@ def test_a_concept_with_other_layers_is_refused(unet, make_concept, change, matc
     assert "'<my-cat>'" in str(caught.value)
     assert "UNet2DConditionModel" in str(caught.value)
     assert "made for some/other-model" in str(caught.value)
+
+
+# Text does not change between steps
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A list of the linear layers that are called."""
+    called, forward = [], torch.nn.Linear.forward
+
+    def recording(self, x):
+        called.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", recording)
+    return called
+
+
+def projections(unet):
+    return [p for layer in cross_attention_layers(unet).values() for p in (layer.to_k, layer.to_v)]
+
+
+def test_keys_and_values_are_made_once(unet, state, load, calls):
+    """One call for the encodings and one for the inputs of concepts, however many steps there are."""
+    load("my-cat", "my-dog")
+    attach(unet, state)
+    e = encodings()
+    for _ in range(3):
+        predict(unet, e)
+    assert [sum(one is p for one in calls) for p in projections(unet)] == [2] * len(projections(unet))
+    predict(unet, e.clone())
+    assert [sum(one is p for one in calls) for p in projections(unet)] == [4] * len(projections(unet))
+
+
+def test_made_again_or_not_the_bits_are_the_same(unet, state, load, monkeypatch):
+    load("my-cat", "my-dog")
+    attach(unet, state)
+    e = encodings()
+    again = [predict(unet, e) for _ in range(3)]
+    monkeypatch.setattr("diffusers_perfusion.attention._is_repeatable", lambda projection: False)
+    assert all(torch.equal(one, predict(unet, e)) for one in again)
+
+
+@torch.no_grad()
+def in_place(tensor):
+    tensor.add_(0.5)
+
+
+CHANGES_BETWEEN_STEPS = {
+    "encodings": lambda unet, state, e: in_place(e[0]),
+    "weights": lambda unet, state, e: in_place(projections(unet)[0].weight),
+    "new weights": lambda unet, state, e: setattr(
+        projections(unet)[1], "weight", torch.nn.Parameter(projections(unet)[1].weight + 0.5)
+    ),
+    "outputs": lambda unet, state, e: [
+        in_place(output) for output in state.loaded["my-cat"].concept.target_outputs.values()
+    ],
+    "LoRA": lambda unet, state, e: unet.add_adapter(
+        LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False), "one"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_BETWEEN_STEPS)
+def test_what_changes_between_steps_is_made_again(unet, state, load, change):
+    load("my-cat")
+    attach(unet, state)
+    e = encodings()
+    before = predict(unet, e)
+    CHANGES_BETWEEN_STEPS[change](unet, state, e)
+    if change == "encodings":
+        state.mark(e[1], ("<my-cat>",), None)
+    after = predict(unet, e)
+    assert not torch.equal(after, before)
+    state.refresh()
+    assert torch.equal(predict(unet, e), after)
+
+
+def test_a_lora_that_changes_between_steps(unet, state, load):
+    load("my-cat")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False), "one")
+    attach(unet, state)
+    e = encodings()
+    before = predict(unet, e)
+    unet.set_adapters("one", 0.3)
+    after = predict(unet, e)
+    assert not torch.equal(after, before)
+    state.refresh()
+    assert torch.equal(predict(unet, e), after)
+
+
+def test_autocast_between_steps(unet, state, load):
+    load("my-cat")
+    attach(unet, state)
+    e = encodings()
+    before = predict(unet, e)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = predict(unet, e)
+        state.refresh()
+        assert torch.equal(predict(unet, e), rounded)
+    assert torch.equal(predict(unet, e), before)
+
+
+def test_keys_that_somebody_changes_in_place_are_made_again(unet, state, load):
+    class Scaling(AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+            attn.to_k(encoder_hidden_states).mul_(2)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+    load("my-cat")
+    attach(unet, state)
+    e = encodings()
+    expected = predict(unet, e)
+    detach(unet)
+    for layer in cross_attention_layers(unet).values():
+        layer.set_processor(Scaling())
+    attach(unet, state)
+    for _ in range(2):
+        torch.testing.assert_close(predict(unet, e), expected)
+
+
+def test_gradients_flow_at_every_step(unet, state, load):
+    (concept,) = load("my-cat")
+    attach(unet, state)
+    e = encodings()
+    predict(unet, e)
+    for output in concept.target_outputs.values():
+        output.requires_grad_()
+    latents = torch.randn(2, 4, 8, 8)
+    for _ in range(2):
+        unet(latents, 500, e).sample.sum().backward()
+    assert all(output.grad.any() for output in concept.target_outputs.values())
