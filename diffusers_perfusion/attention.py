@@ -1,4 +1,4 @@
-"""`PerfusionAttnProcessor`, and how it is put on a UNet and taken off."""
+"""`PerfusionAttnProcessor`, and how it is put on a model and taken off."""
 
 from collections.abc import Callable
 from functools import partial, update_wrapper
@@ -152,12 +152,14 @@ def cross_attention_layers(model: Any) -> dict[str, Attention]:
     Raises:
         ValueError: if it has none, as joint-attention models do.
     """
-    layers = {}
-    for key in getattr(model, "attn_processors", {}):
-        name = key.removesuffix(".processor")
-        layer = model.get_submodule(name)
-        if isinstance(layer, Attention) and layer.is_cross_attention and layer.added_kv_proj_dim is None:
-            layers[name] = layer
+    state = get_state(model)
+    if state is not None:
+        return state.layers
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Attention) and layer.is_cross_attention and layer.added_kv_proj_dim is None
+    }
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no cross-attention layer from text; Perfusion edits the keys and values of "
@@ -208,20 +210,19 @@ def attach(model: Any, state: PerfusionState) -> None:
     Raises:
         ValueError: if the model has no cross-attention from text.
     """
-    layers = cross_attention_layers(model)
     if get_state(model) is None:
+        state.layers, state.projection = cross_attention_layers(model), text_projection(model)
         model._perfusion = state
-        state.projection = text_projection(model)
         model._perfusion_hook = (
-            model.register_forward_pre_hook(partial(_prepare, layers), with_kwargs=True)
+            model.register_forward_pre_hook(_prepare, with_kwargs=True)
             if state.projection is None
-            else state.projection.register_forward_hook(partial(_prepare_projected, layers, state))
+            else state.projection.register_forward_hook(partial(_prepare_projected, state))
         )
-    for name, layer in layers.items():
+    for name, layer in state.layers.items():
         if not isinstance(layer.processor, PerfusionAttnProcessor):
             module = isinstance(layer.processor, nn.Module)
             kind = _PerfusionModuleProcessor if module else PerfusionAttnProcessor
-            layer.set_processor(kind(layer.processor, name, state))  # type: ignore[arg-type]
+            layer.set_processor(kind(layer.processor, name, state))
 
 
 def detach(model: Any) -> None:
@@ -235,21 +236,17 @@ def detach(model: Any) -> None:
     del model._perfusion, model._perfusion_hook
 
 
-def replaced_layers(model: Any) -> dict[str, str]:
+def replaced_layers(state: PerfusionState) -> dict[str, str]:
     """Layers whose `PerfusionAttnProcessor` someone has replaced since `attach`, with what is there now."""
-    return _replaced(cross_attention_layers(model))
-
-
-def _replaced(layers: dict[str, Attention]) -> dict[str, str]:
     return {
         name: type(layer.processor).__name__
-        for name, layer in layers.items()
+        for name, layer in state.layers.items()
         if not isinstance(layer.processor, PerfusionAttnProcessor)
     }
 
 
 @torch.compiler.disable  # encodings are known by their content, which no graph can hold
-def _prepare(layers: dict[str, Attention], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the model: the edit for its text encoding, once for all layers and steps."""
     state = model._perfusion
     encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
@@ -259,20 +256,18 @@ def _prepare(layers: dict[str, Attention], model: Any, args: tuple[Any, ...], kw
         state.refresh()
         return
     state.prepare(encodings)
-    _check_processors(layers, state)
+    _check_processors(state)
 
 
 @torch.compiler.disable
-def _prepare_projected(
-    layers: dict[str, Attention], state: PerfusionState, projection: nn.Module, args: tuple[Tensor], output: Tensor
-) -> None:
+def _prepare_projected(state: PerfusionState, projection: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
     """Forward hook of the projection that a model passes text encodings through, as `_prepare`."""
     state.prepare(args[0])
-    _check_processors(layers, state)
+    _check_processors(state)
 
 
-def _check_processors(layers: dict[str, Attention], state: PerfusionState) -> None:
-    if state.edit is not None and (replaced := _replaced(layers)):
+def _check_processors(state: PerfusionState) -> None:
+    if state.edit is not None and (replaced := replaced_layers(state)):
         name, processor = next(iter(replaced.items()))
         raise RuntimeError(
             f"the attention processors of {len(replaced)} layers were replaced after concepts were loaded ({name} has "

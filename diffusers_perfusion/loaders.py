@@ -50,7 +50,7 @@ def add_perfusion(pipeline: Pipeline) -> Pipeline:
 class PerfusionLoaderMixin(AsideMixin):
     """Load, set, switch and unload Perfusion concepts.
 
-    Concepts stay with the UNet: a pipeline made of the same components (`from_pipe`) has them too.
+    Concepts stay with the model: a pipeline made of the same components (`from_pipe`) has them too.
     """
 
     @classmethod
@@ -380,7 +380,7 @@ class PerfusionLoaderMixin(AsideMixin):
                 raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(loaded) or 'none'}")
 
     def _check_processors(self) -> None:
-        if replaced := replaced_layers(edited_model(self)):
+        if replaced := replaced_layers(self._state("check")):
             logger.warning(
                 f"The attention processors of {len(replaced)} layers were replaced after concepts were loaded (now "
                 f"{', '.join(sorted(set(replaced.values())))}); call enable_perfusion() to put the concepts back."

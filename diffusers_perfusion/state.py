@@ -1,6 +1,6 @@
-"""`PerfusionState`: the concepts loaded on one UNet, and the edit that its layers read.
+"""`PerfusionState`: the concepts loaded on one model, and the edit that its layers read.
 
-It hangs on the UNet, because that is what pipelines share with each other and what outlives them.
+It hangs on the model, because that is what pipelines share with each other and what outlives them.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 Locking = Literal["local", "global"]
 
-# A pipeline casts an encoding at most from and to these on its way to the UNet.
+# A pipeline casts an encoding at most from and to these on its way to the model.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # How many of the last encodings are known again: a few hundred bytes each, and with global key-locking a twin each.
@@ -82,7 +82,7 @@ class Edit:
 
 
 class PerfusionState:
-    """Which concepts a UNet has, which are active, and the edit for the text encoding it works on.
+    """Which concepts a model has, which are active, and the edit for the text encoding it works on.
 
     Args:
         words: where the concepts' words are known; it reports the encodings that hold them.
@@ -92,7 +92,8 @@ class PerfusionState:
         loaded: concepts by name.
         active: names of those that edit, in the order they were activated.
         enabled: whether anything is edited at all.
-        projection: of the model, what it passes encodings through before its layers get them.
+        layers: the cross-attention layers of the model that it hangs on, by module name.
+        projection: of that model, what it passes encodings through before its layers get them.
         edit: for the current text encoding; None if no row of it holds an active concept's word.
     """
 
@@ -102,6 +103,7 @@ class PerfusionState:
         self.loaded: dict[str, LoadedConcept] = {}
         self.active: list[str] = []
         self.enabled = True
+        self.layers: dict[str, Any] = {}
         self.projection: nn.Module | None = None
         self.edit: Edit | None = None
         self._words_of: dict[bytes, tuple[str, ...]] = {}

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -160,7 +160,7 @@ class ConceptWords:
             self._words = words
 
     def _extend(self) -> None:
-        extended = copy.deepcopy(self.tokenizer)
+        extended = _copy(self.tokenizer)
         # Not normalized, or a tokenizer that lower-cases would never meet a word with capitals. With the space before
         # it, which is a token of its own to some.
         tokens = [
@@ -251,6 +251,28 @@ class ConceptWords:
         return torch.stack(
             [e[i] for e, i in zip(encodings, torch.tensor(gather, device=encodings.device), strict=True)]
         )
+
+
+def _copy(tokenizer: Any) -> Any:
+    """A tokenizer that learns words without the other; the vocabulary, which takes longest to copy, is shared."""
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return copy.deepcopy(tokenizer)
+    twin = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(backend, part) is not None:
+            setattr(twin, part, getattr(backend, part))
+    if backend.truncation is not None:
+        twin.enable_truncation(**backend.truncation)
+    if backend.padding is not None:
+        twin.enable_padding(**backend.padding)
+    twin.encode_special_tokens = backend.encode_special_tokens
+    for _, token in sorted(backend.get_added_tokens_decoder().items()):  # in the order that gives them the same ids
+        add = twin.add_special_tokens if token.special else twin.add_tokens
+        add([token])
+    copied = copy.copy(tokenizer)
+    copied._tokenizer = twin
+    return copied
 
 
 class Vocabulary:

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import CLIPTextModel
 
 from diffusers_perfusion.families import text_encoders
 from diffusers_perfusion.text import embedding_table, tokenize
-from diffusers_perfusion.words import ConceptWords, Vocabulary
+from diffusers_perfusion.words import ConceptWords, Vocabulary, _copy
 
 PROMPTS = ["a cat on the beach", "A Dog, in <my-cat>'s picture!", "", "the <My-Cat> and <my-bear> <my-cat>"]
 
@@ -399,6 +400,20 @@ def test_twins_are_not_made_unless_asked_for(words, report):
     assert len(passes) == 3
     encode_prompts(words, "a cat")
     assert len(passes) == 4
+
+
+@pytest.mark.parametrize("name", ["components", "pixart_components"])
+def test_a_tokenizer_with_words_is_the_same_otherwise(request, name):
+    tokenizer = request.getfixturevalue(name)["tokenizer"]
+    tokenizer.add_tokens(["<inversion>", AddedToken("<Other>", normalized=False, lstrip=True)])
+    tokenizer("a cat", padding="max_length", truncation=True, max_length=9)  # which stay set
+    copied = _copy(tokenizer)
+    assert copied._tokenizer.to_str() == tokenizer._tokenizer.to_str()
+    before = tokenizer._tokenizer.to_str()
+    copied.add_tokens(["<my-cat>"])
+    assert tokenizer._tokenizer.to_str() == before
+    assert len(copied) == len(tokenizer) + 1
+    assert copied(PROMPTS[0]) == tokenizer(PROMPTS[0])
 
 
 # Two text encoders

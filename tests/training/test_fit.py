@@ -435,12 +435,13 @@ def test_a_covariance_of_another_text_encoder(run, no_long_work, tmp_path):
         run(covariance=str(tmp_path / "c.npy"))
 
 
-def test_models_that_cannot_take_a_concept(fit_settings, components, monkeypatch, no_long_work):
+def test_models_that_cannot_take_a_concept(fit_settings, components, no_long_work):
     blind = components | {"unet": make_unet(cross_attention_dim=2 * WIDTH)}
     with pytest.raises(ValueError, match=r"takes text of width 64, but the text encoders of .* give width 32"):
         fit(StableDiffusionPipeline(**blind), FitConfig(**fit_settings))
     pipeline = StableDiffusionPipeline(**components)
-    monkeypatch.setattr(type(pipeline.unet), "attn_processors", {})
+    for layer in cross_attention_layers(pipeline.unet).values():
+        layer.is_cross_attention = False
     with pytest.raises(ValueError, match="has no cross-attention layer from text"):
         fit(pipeline, FitConfig(**fit_settings))
     pipeline.unet = None

@@ -1,0 +1,89 @@
+"""The models that are timed: the pocket model, and one with the shapes of Stable Diffusion 1.5 and random weights."""
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_perfusion import PerfusionConcept
+from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.families import text_encoders
+from diffusers_perfusion.text import superclass_input
+
+POCKET = Path(__file__).resolve().parents[1] / "pocket"
+VOCABULARY = 49_408
+
+
+def clip_tokenizer():
+    """A tokenizer with a vocabulary as large as CLIP's: bytes, pairs of them and so on, as byte-level BPE has them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
+    merges = [*itertools.product(letters, letters)]
+    merges = merges[: VOCABULARY - 2 - len(vocabulary)]
+    vocabulary += [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+        (Path(folder) / "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n"
+        )
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def load(name, device="cpu", dtype=torch.float32):
+    """A pipeline of `pocket`, or of `sd15`."""
+    if name == "pocket":
+        pipeline = StableDiffusionPipeline.from_pretrained(POCKET, safety_checker=None)
+    else:
+        torch.manual_seed(0)
+        tokenizer = clip_tokenizer()
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderTiny(),
+            text_encoder=CLIPTextModel(text),
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+            scheduler=DDIMScheduler(
+                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.requires_grad_(False).eval().to(device, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def random_concept(pipeline, number):
+    """A concept for a pipeline, of which nothing is learned."""
+    generator = torch.Generator().manual_seed(number)
+    i_super = superclass_input(text_encoders(pipeline), "cat").float().cpu()
+    i_star = i_super + 0.3 * i_super.std() * torch.randn(i_super.shape, generator=generator)
+    return PerfusionConcept(
+        placeholder_token=f"<thing-{number}>",
+        superclass="cat",
+        word_embedding=0.02 * torch.randn(pipeline.text_encoder.config.hidden_size, generator=generator),
+        target_input=i_star,
+        inverse_target_input=i_star,
+        superclass_input=i_super,
+        target_outputs={
+            name: torch.randn(layer.inner_kv_dim, generator=generator)
+            for name, layer in cross_attention_layers(pipeline.unet).items()
+        },
+    )
