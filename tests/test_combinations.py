@@ -10,6 +10,8 @@ from conftest import LENGTH, make_pixart, make_vae, random_concept
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
     ControlNetModel,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -507,3 +509,43 @@ def test_the_text_encoder_may_go_once_prompts_are_encoded(plain_pipeline, make_c
     assert torch.equal(generate(PROMPTS, pipe, **arguments, ip_adapter_image_embeds=EMBEDS), expected)
     pipe.set_perfusion(bias=2.0)
     assert effect(generate(PROMPTS, pipe, **arguments, ip_adapter_image_embeds=EMBEDS), expected) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["Stable Diffusion", "Stable Diffusion XL"])
+@pytest.mark.parametrize("locking", ["local", "global"])
+def test_guidance_that_ends_midway(pipe, family, generate, locking):
+    """The encodings of the second half are others, and only of the prompts."""
+    halved = ["prompt_embeds"] + (["add_text_embeds", "add_time_ids"] if family == "Stable Diffusion XL" else [])
+
+    def end(pipe, step, timestep, tensors):
+        if step == 0:
+            pipe._guidance_scale = 0.0
+            return {name: tensor.chunk(2)[-1] for name, tensor in tensors.items()}
+        return tensors
+
+    arguments = {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": halved}
+    before, guided = generate(PROMPTS, pipe, **arguments), generate(PROMPTS, pipe)
+    pipe.load_perfusion(random_concept(pipe))
+    pipe.set_perfusion(locking=locking)
+    edited = generate(PROMPTS, pipe, **arguments)
+    assert torch.equal(edited[1], before[1])
+    assert effect(edited[0], before[0]) > 1e-3
+    assert effect(edited[0], generate(PROMPTS, pipe)[0]) > 1e-3 and effect(before, guided) > 1e-3
+    pipe.unload_perfusion()
+    assert torch.equal(generate(PROMPTS, pipe, **arguments), before)
+
+
+def test_pipelines_of_another_task_made_by_diffusers(components, generate):
+    pipe = add_perfusion(StableDiffusionPipeline(**components | {"vae": make_vae(AutoencoderKL)}))
+    pipe.load_perfusion(random_concept(pipe))
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert add_perfusion(other).list_perfusion() == ["my-cat"]
+    arguments = {"image": image(), "strength": 0.9}
+    edited = generate(PROMPTS, other, **arguments)
+    back = AutoPipelineForText2Image.from_pipe(other)
+    back.set_progress_bar_config(disable=True)
+    add_perfusion(back).unload_perfusion()
+    plain = generate(PROMPTS, other, **arguments)
+    assert torch.equal(edited[1], plain[1])
+    assert effect(edited[0], plain[0]) > 1e-3
