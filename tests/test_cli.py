@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import make_pixart
+from diffusers import PixArtSigmaPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from diffusers_perfusion import PerfusionConcept, cli
@@ -68,6 +70,30 @@ def test_fit(fit_arguments, fit_settings, capsys):
     assert (concept.training["random_flip"], concept.training["steps"]) == (False, 4)
     assert (path.parent / "checkpoint-2").is_dir()
     assert capsys.readouterr().out == f"{path} ({path.stat().st_size:,} bytes): <my-cat>\n"
+
+
+@pytest.mark.parametrize("family", ["xl", "pixart"])
+def test_fit_and_generate_know_the_family(family, request, fit_settings, tmp_path, capsys):
+    parts = request.getfixturevalue(f"{family}_components")
+    if family == "pixart":
+        parts["transformer"] = make_pixart(32)  # the smallest that its pipeline draws with as it is called
+    kind = StableDiffusionXLPipeline if family == "xl" else PixArtSigmaPipeline
+    kind(**parts).save_pretrained(tmp_path / "base")
+    base = ["--pretrained_model_name_or_path", str(tmp_path / "base")]
+    settings = fit_settings | {"max_train_steps": 2, "resolution": 16}
+    del settings["pretrained_model_name_or_path"]
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    if family == "xl":  # many pictures of PixArt take long
+        flags += ["--validation_prompt", "a <my-cat>", "--validation_steps", "2", "--num_validation_images", "1"]
+    assert main(["fit", *base, *flags]) == 0
+    assert (Path(fit_settings["output_dir"]) / "validation" / "step-000002.png").is_file() == (family == "xl")
+    drawn = ["--concept", fit_settings["output_dir"], "--prompt", "a <my-cat>", "--num_inference_steps", "1"]
+    pictures = []
+    for bias in ("0.1", "2"):
+        folder = tmp_path / bias
+        assert main(["generate", *base, *drawn, "--bias", bias, "--output_dir", str(folder)]) == 0
+        pictures.append(next(folder.iterdir()).read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_every_setting_of_a_fit_is_a_flag_with_its_help(capsys):
