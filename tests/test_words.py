@@ -407,11 +407,16 @@ def test_a_tokenizer_with_words_is_the_same_otherwise(request, name):
     tokenizer = request.getfixturevalue(name)["tokenizer"]
     tokenizer.add_tokens(["<inversion>", AddedToken("<Other>", normalized=False, lstrip=True)])
     tokenizer("a cat", padding="max_length", truncation=True, max_length=9)  # which stay set
+
+    def described(tokenizer):
+        backend = getattr(tokenizer, "_tokenizer", None)  # of those that transformers 4 has in Python there is none
+        return tokenizer.get_vocab(), tokenizer(PROMPTS).input_ids, backend and backend.to_str()
+
     copied = _copy(tokenizer)
-    assert copied._tokenizer.to_str() == tokenizer._tokenizer.to_str()
-    before = tokenizer._tokenizer.to_str()
+    before = described(tokenizer)
+    assert described(copied) == before
     copied.add_tokens(["<my-cat>"])
-    assert tokenizer._tokenizer.to_str() == before
+    assert described(tokenizer) == before
     assert len(copied) == len(tokenizer) + 1
     assert copied(PROMPTS[0]) == tokenizer(PROMPTS[0])
 
