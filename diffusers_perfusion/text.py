@@ -37,8 +37,10 @@ class PromptEncoding(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PromptEncoding":
         """The same with every tensor changed."""
+        states = change(self.states)
+        inputs = states if self.inputs is self.states else change(self.inputs)
         pooled, mask = (None if part is None else change(part) for part in (self.pooled, self.mask))
-        return PromptEncoding(change(self.states), change(self.inputs), pooled, mask)
+        return PromptEncoding(states, inputs, pooled, mask)
 
 
 class TextEncoders:

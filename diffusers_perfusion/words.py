@@ -307,11 +307,6 @@ class Vocabulary:
         for part in self._parts:
             part.on_encoding = on_encoding
 
-    def check_new(self, word: str) -> None:
-        """As `ConceptWords.check_new`."""
-        for part in self._parts:
-            part.check_new(word)
-
     def add(self, word: str, embeddings: Sequence[Tensor], superclass: str) -> None:
         """Teach a word to all, or to none: as `ConceptWords.add`, with an embedding for each.
 

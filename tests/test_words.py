@@ -523,4 +523,4 @@ def test_a_word_is_taught_to_all_or_none(vocabulary, xl_components):
         with pytest.raises(ValueError, match="the tokens <other> were added"):
             change()
         assert all(len(tokenizer("<my-cat>", add_special_tokens=False).input_ids) == 1 for tokenizer in tokenizers)
-    vocabulary.check_new("<my-dog>")
+    assert all(len(tokenizer.tokenize("<my-dog>")) > 1 for tokenizer in tokenizers)
