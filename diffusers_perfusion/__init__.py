@@ -3,7 +3,12 @@
 from .attention import PerfusionAttnProcessor
 from .concept import PerfusionConcept
 from .loaders import PerfusionLoaderMixin, add_perfusion
-from .pipelines import PerfusionPipeline, PerfusionPixArtSigmaPipeline, PerfusionXLPipeline
+from .pipelines import (
+    PerfusionPipeline,
+    PerfusionPixArtSigmaPipeline,
+    PerfusionSanaPipeline,
+    PerfusionXLPipeline,
+)
 
 __all__ = [
     "PerfusionAttnProcessor",
@@ -11,6 +16,7 @@ __all__ = [
     "PerfusionLoaderMixin",
     "PerfusionPipeline",
     "PerfusionPixArtSigmaPipeline",
+    "PerfusionSanaPipeline",
     "PerfusionXLPipeline",
     "add_perfusion",
 ]

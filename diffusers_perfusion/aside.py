@@ -1,8 +1,9 @@
-"""`AsideMixin`: what diffusers does to a pipeline that has concepts, it does to the pipeline without them."""
+"""`AsideMixin`: what diffusers' own methods do to a pipeline that has concepts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 from .attention import attach, detach, get_state
@@ -28,7 +29,7 @@ KEEPING = ("unet", "transformer", "tokenizer", "text_encoder", "tokenizer_2", "t
 
 
 class AsideMixin:
-    """Put concepts aside while other methods of a pipeline replace what they hang on."""
+    """Put concepts aside while other methods of a pipeline replace what they hang on, and hear how it encodes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -37,6 +38,8 @@ class AsideMixin:
                 setattr(cls, name, _without_concepts(getattr(cls, name)))
         if hasattr(cls, "_text_preprocessing"):
             cls._text_preprocessing = _without_words(cls._text_preprocessing)
+        if hasattr(cls, "encode_prompt"):
+            cls.encode_prompt = _heard(cls.encode_prompt)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another model or tokenizer while concepts are on the one there is, since they would stay behind."""
@@ -75,6 +78,23 @@ def _without_concepts(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: AsideMixin, *args: Any, **kwargs: Any) -> Any:
         with self._aside():
             return method(self, *args, **kwargs)
+
+    return run
+
+
+def _heard(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `encode_prompt`, which tells the concept words what it takes of encodings."""
+    parameters = signature(encode_prompt)
+
+    @wraps(encode_prompt)
+    def run(self: AsideMixin, *args: Any, **kwargs: Any) -> Any:
+        state = get_state(edited_model(self))
+        if state is None:
+            return encode_prompt(self, *args, **kwargs)
+        given = parameters.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        with state.words.taking(given.arguments.get("clip_skip"), given.arguments.get("max_sequence_length")):
+            return encode_prompt(self, *args, **kwargs)
 
     return run
 

@@ -168,9 +168,10 @@ def cross_attention_layers(model: Any) -> dict[str, Attention]:
     return layers
 
 
-def text_projection(model: Any) -> nn.Module | None:
-    """What a model passes text encodings through before its cross-attention layers get them, if anything."""
-    return getattr(model, "caption_projection", None)
+def text_projection(model: Any) -> tuple[nn.Module, ...]:
+    """What a model passes text encodings through, one after the other, before its cross-attention layers get them."""
+    parts = (getattr(model, name, None) for name in ("caption_projection", "caption_norm"))
+    return tuple(part for part in parts if part is not None)
 
 
 def check_concept_fits(concept: PerfusionConcept, model: Any) -> None:
@@ -215,8 +216,8 @@ def attach(model: Any, state: PerfusionState) -> None:
         model._perfusion = state
         model._perfusion_hook = (
             model.register_forward_pre_hook(_prepare, with_kwargs=True)
-            if state.projection is None
-            else state.projection.register_forward_hook(partial(_prepare_projected, state))
+            if not state.projection
+            else state.projection[0].register_forward_hook(partial(_prepare_projected, state))
         )
     for name, layer in state.layers.items():
         if not isinstance(layer.processor, PerfusionAttnProcessor):
@@ -261,7 +262,7 @@ def _prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 @torch.compiler.disable
 def _prepare_projected(state: PerfusionState, projection: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-    """Forward hook of the projection that a model passes text encodings through, as `_prepare`."""
+    """Forward hook of the first module that a model passes text encodings through, as `_prepare`."""
     state.prepare(args[0])
     _check_processors(state)
 

@@ -64,14 +64,9 @@ def second_moment(texts: TextEncoders, captions: Iterable[str]) -> Tensor:
     with tqdm(desc="Covariance of text encodings", unit=" captions") as progress:
         while batch := list(itertools.islice(captions, BATCH_SIZE)):
             # To the longest of the batch only: text encoders are causal or mask padding, so it cannot change the rest.
-            tokens = [
-                tokenizer(
-                    batch, padding=True, max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-                )
-                for tokenizer in texts.tokenizers
-            ]
-            e = texts.encode([part.input_ids for part in tokens]).inputs
-            e = e[tokens[0].attention_mask.bool().to(e.device)].cpu().double()  # some accelerators have no float64
+            ids, real = texts.tokenize(batch, "longest"), texts.real_tokens(batch)
+            e = texts.encode(ids).inputs
+            e = e[real.to(e.device)].cpu().double()  # some accelerators have no float64
             total = e.T @ e if total is None else total + e.T @ e
             count += len(e)
             progress.update(len(batch))
@@ -163,11 +158,11 @@ def cached_covariance(texts: TextEncoders, captions: str | os.PathLike | None = 
 
 def _fingerprint(texts: TextEncoders) -> bytes:
     """Hash of what decides an encoding: the weights, the vocabulary, and how some text is split."""
-    digest = hashlib.sha256(repr(texts.layer).encode())
+    digest = hashlib.sha256(repr(texts.layer).encode() + texts.instruction.encode())
     for tokenizer in texts.tokenizers:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
         digest.update(repr(tokenizer("a photo of two Teddy bears, café")["input_ids"]).encode())
-    for module in filter(None, (*texts.models, texts.projection)):
+    for module in (*texts.models, *texts.projection):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

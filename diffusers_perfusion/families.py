@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def _mask_and_sizes(model: Any, encoding: PromptEncoding, resolution: int) -> di
         one = torch.ones(len(encoding.states), 1).to(encoding.states)
         sizes = {"resolution": resolution * one.expand(-1, 2), "aspect_ratio": one}
     return {"encoder_attention_mask": encoding.mask, "added_cond_kwargs": sizes}
+
+
+def _mask(model: Any, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
+    """What is padding."""
+    return {"encoder_attention_mask": encoding.mask}
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ FAMILIES = (
     ),
     Family("Stable Diffusion"),
     Family("PixArt", models=("PixArtTransformer2DModel",), masked=True, conditions=_mask_and_sizes),
+    Family("Sana", models=("SanaTransformer2DModel",), masked=True, conditions=_mask),
 )
 
 
@@ -92,6 +99,12 @@ def family_of(pipeline: Any) -> Family:
     )
 
 
+def _instruction(pipeline: Any) -> str:
+    """What a pipeline puts before every prompt unless it is told otherwise."""
+    parameter = signature(pipeline.__call__).parameters.get("complex_human_instruction")
+    return "\n".join(parameter.default or ()) if parameter else ""
+
+
 def text_encoders(pipeline: Any) -> TextEncoders:
     """The text encoders of a pipeline.
 
@@ -105,9 +118,9 @@ def text_encoders(pipeline: Any) -> TextEncoders:
             raise ValueError(f"{type(pipeline).__name__} has no {name}, which has to learn the words of concepts")
     tokenizers, models = zip(*((getattr(pipeline, a), getattr(pipeline, b)) for a, b in family.text), strict=True)
     projection = text_projection(model)
-    texts = TextEncoders(tokenizers, models, family.layer, family.masked, projection)
+    texts = TextEncoders(tokenizers, models, family.layer, family.masked, projection, _instruction(pipeline))
     widths = {layer.cross_attention_dim for layer in layers.values()}
-    for width in widths if projection is None else {model.config.caption_channels}:
+    for width in {model.config.caption_channels} if projection else widths:
         if width != texts.width:
             raise ValueError(
                 f"{type(model).__name__} takes text of width {width}, but the text encoders of "

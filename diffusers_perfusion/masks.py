@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 from PIL import Image, ImageOps
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .attention import cross_attention_layers
 from .families import edited_model, family_of, text_encoders
+from .noise import noise_schedule
 from .pictures import Picture, eight_bits, encode_latents, to_tensor
 from .text import superclass_positions
 
@@ -68,7 +68,7 @@ def subject_masks(
             source = "attention"
     if source == "attention":
         latents = encode_latents(pipeline.vae, to_tensor([picture.image for picture in pictures]))
-        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        scheduler = noise_schedule(pipeline.scheduler)
         return attention_masks(pipeline, scheduler, latents, superclass, seed), source
     if source == "clipseg":
         return clipseg_masks(pictures, superclass), source
@@ -145,7 +145,7 @@ def attention_masks(
 
     Args:
         pipeline: of the base model.
-        scheduler: of the base model, with `add_noise`.
+        scheduler: as `noise_schedule` of the base model.
         latents: of the pictures, `(N, channels, h, w)`.
         superclass: what to look for.
         seed: of the noise.

@@ -117,9 +117,9 @@ def slug(text: str) -> str:
 def encode_latents(vae: Any, images: Tensor) -> Tensor:
     """Scaled latents of images in [0, 1], `(N, channels, h, w)`; of a distribution, the mode.
 
-    Takes `AutoencoderKL` and `AutoencoderTiny`.
+    Takes `AutoencoderKL`, `AutoencoderTiny` and `AutoencoderDC`.
     """
     parameter = next(vae.parameters())
     encoded = vae.encode((images * 2 - 1).to(parameter))
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
     return ((latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).float()

@@ -3,7 +3,7 @@
 For a pipeline that exists already, or of another class, see `add_perfusion`.
 """
 
-from diffusers import PixArtSigmaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import PixArtSigmaPipeline, SanaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from .loaders import PerfusionLoaderMixin
 
@@ -18,3 +18,7 @@ class PerfusionXLPipeline(PerfusionLoaderMixin, StableDiffusionXLPipeline):
 
 class PerfusionPixArtSigmaPipeline(PerfusionLoaderMixin, PixArtSigmaPipeline):
     """`PixArtSigmaPipeline` that loads Perfusion concepts."""
+
+
+class PerfusionSanaPipeline(PerfusionLoaderMixin, SanaPipeline):
+    """`SanaPipeline` that loads Perfusion concepts."""

@@ -93,7 +93,7 @@ class PerfusionState:
         active: names of those that edit, in the order they were activated.
         enabled: whether anything is edited at all.
         layers: the cross-attention layers of the model that it hangs on, by module name.
-        projection: of that model, what it passes encodings through before its layers get them.
+        projection: of that model, what it passes encodings through, one after the other, before its layers get them.
         edit: for the current text encoding; None if no row of it holds an active concept's word.
     """
 
@@ -104,7 +104,7 @@ class PerfusionState:
         self.active: list[str] = []
         self.enabled = True
         self.layers: dict[str, Any] = {}
-        self.projection: nn.Module | None = None
+        self.projection: tuple[nn.Module, ...] = ()
         self.edit: Edit | None = None
         self._words_of: dict[bytes, tuple[str, ...]] = {}
         self._twin_of: dict[bytes, Tensor] = {}
@@ -168,8 +168,9 @@ class PerfusionState:
 
     def _project(self, encodings: Tensor) -> Tensor:
         """What the layers get for some encodings."""
-        # Past the hooks on it, one of which has called this.
-        return encodings if self.projection is None else self.projection.forward(encodings)
+        for part in self.projection:
+            encodings = part.forward(encodings)  # past the hooks on it, one of which has called this
+        return encodings
 
     def _make_edit(self, states: Tensor, words: Sequence[tuple[str, ...]]) -> Edit | None:
         by_word = {self.loaded[name].concept.placeholder_token: name for name in self.active}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 
 # The super-category is encoded in these, and a concept is fitted in these with its word in the gap.
 TEMPLATES = (
@@ -51,7 +51,9 @@ class TextEncoders:
         models: the text encoder of each.
         layer: index of the hidden state that the pipeline takes; None for the last one after its norm.
         masked: whether padding is masked out, so that it does not matter how much there is.
-        projection: of the model that is conditioned, what encodings go through before its layers get them.
+        projection: of the model that is conditioned, what encodings go through, one after the other, before its
+            layers get them.
+        instruction: what the pipeline puts before every prompt, and takes the encodings of away again.
     """
 
     def __init__(
@@ -60,39 +62,55 @@ class TextEncoders:
         models: Sequence[PreTrainedModel],
         layer: int | None = None,
         masked: bool = False,
-        projection: nn.Module | None = None,
+        projection: Sequence[nn.Module] = (),
+        instruction: str = "",
     ):
         self.tokenizers, self.models, self.layer = tuple(tokenizers), tuple(models), layer
-        self.masked, self.projection = masked, projection
+        self.masked, self.projection, self.instruction = masked, tuple(projection), instruction
+        # But for its last token, which may have grown together with the prompt.
+        words = self.tokenizers[0].encode(instruction)[1:-1] if instruction else []
+        self._instruction = torch.tensor(words, dtype=torch.long)
 
     @property
     def width(self) -> int:
         """Width of `PromptEncoding.states`."""
         return sum(model.config.hidden_size for model in self.models)
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Token ids for each text encoder, `(len(prompts), length)`: padded as far as matters."""
-        return tuple(
-            tokenize(tokenizer, prompts, "longest" if self.masked else "max_length") for tokenizer in self.tokenizers
-        )
+    def tokenize(self, prompts: Sequence[str], padding: str | None = None) -> tuple[Tensor, ...]:
+        """Token ids for each text encoder, `(len(prompts), length)`: padded as far as matters, or as `tokenize`."""
+        prompts = [self.instruction + prompt for prompt in prompts]
+        padding = padding or ("longest" if self.masked else "max_length")
+        return tuple(self._cut(tokenize(tokenizer, prompts, padding).input_ids) for tokenizer in self.tokenizers)
+
+    def real_tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Which ids of `tokenize(prompts, "longest")` are no padding, bool of `(len(prompts), length)`."""
+        prompts = [self.instruction + prompt for prompt in prompts]
+        return self._cut(tokenize(self.tokenizers[0], prompts, "longest").attention_mask).bool()
 
     def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encodings of token ids, those for each text encoder in turn."""
         outputs, mask = [], None
         for tokenizer, model, ids in zip(self.tokenizers, self.models, input_ids, strict=True):
             ids = ids.to(embedding_table(model).device)
+            ids = torch.cat([ids[:, :1], self._instruction.to(ids).expand(len(ids), -1), ids[:, 1:]], 1)
             mask = ids.ne(tokenizer.pad_token_id).to(ids) if self.masked else None
             outputs.append(model(ids, attention_mask=mask, output_hidden_states=self.layer is not None))
-        states = torch.cat([states_of(output, self.layer) for output in outputs], -1)
+        states = self._cut(torch.cat([states_of(output, self.layer) for output in outputs], -1))
         pooled = outputs[-1][0] if outputs[-1][0].ndim == 2 else None
-        return PromptEncoding(states, self._project(states), pooled, mask)
+        return PromptEncoding(states, self._project(states), pooled, None if mask is None else self._cut(mask))
+
+    def _cut(self, tokens: Tensor) -> Tensor:
+        """What is left of `(batch, length, ...)` for the model: the first token, and what follows the instruction."""
+        if not len(self._instruction):
+            return tokens
+        return torch.cat([tokens[:, :1], tokens[:, 1 + len(self._instruction) :]], 1)
 
     def _project(self, states: Tensor) -> Tensor:
         """In the precision of the encodings, which may be higher than the model's."""
-        if self.projection is None:
-            return states
-        weights = {name: weight.to(states) for name, weight in self.projection.named_parameters()}
-        return functional_call(self.projection, weights, (states,))
+        for part in self.projection:
+            weights = {name: weight.to(states) for name, weight in part.named_parameters()}
+            states = functional_call(part, weights, (states,))
+        return states
 
 
 def states_of(output: Any, layer: int | None) -> Tensor:
@@ -100,15 +118,9 @@ def states_of(output: Any, layer: int | None) -> Tensor:
     return output[0] if layer is None else output.hidden_states[layer]
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], padding: str = "max_length") -> Tensor:
-    """Token ids padded to the tokenizer's full length, or to the `longest` of them: `(len(prompts), length)`."""
-    return tokenizer(
-        list(prompts),
-        padding=padding,
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+def tokenize(tokenizer: Any, prompts: Sequence[str], padding: str = "max_length") -> BatchEncoding:
+    """Tokens padded to the tokenizer's full length, or to the `longest` of them: `(len(prompts), length)` each."""
+    return tokenizer(list(prompts), padding=padding, padding_side="right", truncation=True, return_tensors="pt")
 
 
 def embedding_table(text_encoder: PreTrainedModel) -> Tensor:
@@ -122,7 +134,8 @@ def superclass_ids(tokenizer: Any, superclass: str) -> list[int]:
     Raises:
         ValueError: if the tokenizer drops it or does not know it, or it leaves no room in a prompt.
     """
-    ids = tokenizer(superclass, add_special_tokens=False).input_ids
+    # Some take it for another word without the space before it.
+    ids = tokenizer(f" {superclass.strip()}".rstrip(), add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError(f"the tokenizer does not know the super-category {superclass!r}; choose another word for it")
     if len(ids) > (limit := tokenizer.model_max_length // 2):

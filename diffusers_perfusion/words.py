@@ -32,6 +32,8 @@ class ConceptWords:
             words in it and, while `twins` is set, its super-category twin `(length, d)`.
         twins: whether prompts are encoded a second time with the super-category in place of each concept word, which
             global key-locking needs.
+        clip_skip: how many layers before the usual one the pipeline takes encodings from; None for the usual one.
+        max_length: how many tokens it takes of an encoding, the first and the last ones; None for all.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: PreTrainedModel, layer: int | None = None):
@@ -40,6 +42,8 @@ class ConceptWords:
         self.layer = layer
         self.on_encoding: OnEncoding | None = None
         self.twins = False
+        self.clip_skip: int | None = None
+        self.max_length: int | None = None
         self._words: dict[str, tuple[Tensor, list[int]]] = {}
         self._ids: dict[int, str] = {}
         self._handles: list[Any] = []
@@ -194,8 +198,10 @@ class ConceptWords:
             return output
         self._placed = True
         ids = self._input_ids.to(output.device)
+        scale = getattr(module, "embed_scale", 1.0)  # of Gemma
         for token_id, word in self._ids.items():
-            output = torch.where((ids == token_id).unsqueeze(-1), self._words[word][0].to(output), output)
+            embedding = self._words[word][0].to(output) * scale
+            output = torch.where((ids == token_id).unsqueeze(-1), embedding, output)
         return output
 
     @torch.no_grad()
@@ -208,7 +214,7 @@ class ConceptWords:
                 "of concepts would be lost; load concepts on a pipeline whose text encoder does"
             )
         # Without the hidden states it was not called for the encodings that the pipeline takes.
-        if input_ids is None or self.on_encoding is None or (self.layer is not None and output.hidden_states is None):
+        if input_ids is None or self.on_encoding is None or (self._inner and output.hidden_states is None):
             return
         rows = self._mask(input_ids).any(-1).nonzero()[:, 0].tolist()
         if not rows:
@@ -220,7 +226,28 @@ class ConceptWords:
             twins = list(self._twin_encodings([ids[row] for row in rows], mask, input_ids.device))
         for row, twin in zip(rows, twins, strict=True):
             words = tuple(word for token_id, word in self._ids.items() if token_id in ids[row])
-            self.on_encoding(states_of(output, self.layer)[row], words, twin)
+            self.on_encoding(self._cut(self._encodings(output)[row]), words, None if twin is None else self._cut(twin))
+
+    @property
+    def _inner(self) -> bool:
+        """Whether the pipeline takes encodings from the hidden states."""
+        return self.layer is not None or self.clip_skip is not None
+
+    def _encodings(self, output: Any) -> Tensor:
+        """Of what the text encoder returned, what the pipeline takes, `(batch, length, d)`."""
+        if self.clip_skip is None:
+            return states_of(output, self.layer)
+        if self.layer is not None:
+            return states_of(output, self.layer - self.clip_skip)
+        # The last layer's norm comes after whichever it takes.
+        transformer: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return transformer.final_layer_norm(states_of(output, -1 - self.clip_skip))
+
+    def _cut(self, encoding: Tensor) -> Tensor:
+        """What the pipeline takes of an encoding `(length, d)`."""
+        if self.max_length is None or len(encoding) <= self.max_length:
+            return encoding
+        return torch.cat([encoding[:1], encoding[1 - self.max_length :]])
 
     def _twin_encodings(self, rows: list[list[int]], mask: Tensor | None, device: torch.device) -> Tensor:
         """Encodings of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
@@ -245,9 +272,9 @@ class ConceptWords:
             longer = mask.sum(-1, keepdim=True) + torch.tensor(added, device=mask.device)[:, None]
             mask = (torch.arange(mask.shape[1], device=mask.device) < longer).to(mask)
         output = self.text_encoder(
-            torch.tensor(twins, device=device), attention_mask=mask, output_hidden_states=self.layer is not None
+            torch.tensor(twins, device=device), attention_mask=mask, output_hidden_states=self._inner
         )
-        encodings = states_of(output, self.layer)
+        encodings = self._encodings(output)
         return torch.stack(
             [e[i] for e, i in zip(encodings, torch.tensor(gather, device=encodings.device), strict=True)]
         )
@@ -306,6 +333,17 @@ class Vocabulary:
         """Set `ConceptWords.on_encoding` of all."""
         for part in self._parts:
             part.on_encoding = on_encoding
+
+    @contextmanager
+    def taking(self, clip_skip: int | None, max_length: int | None) -> Iterator[None]:
+        """Set `ConceptWords.clip_skip` and `ConceptWords.max_length` of all, while the pipeline encodes a prompt."""
+        for part in self._parts:
+            part.clip_skip, part.max_length = clip_skip, max_length
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.clip_skip = part.max_length = None
 
     def add(self, word: str, embeddings: Sequence[Tensor], superclass: str) -> None:
         """Teach a word to all, or to none: as `ConceptWords.add`, with an embedding for each.

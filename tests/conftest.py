@@ -9,16 +9,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
+from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -31,6 +35,8 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -39,7 +45,13 @@ from transformers import (
     ViTModel,
 )
 
-from diffusers_perfusion import PerfusionConcept, PerfusionPipeline, PerfusionPixArtSigmaPipeline, PerfusionXLPipeline
+from diffusers_perfusion import (
+    PerfusionConcept,
+    PerfusionPipeline,
+    PerfusionPixArtSigmaPipeline,
+    PerfusionSanaPipeline,
+    PerfusionXLPipeline,
+)
 from diffusers_perfusion.attention import cross_attention_layers
 from diffusers_perfusion.families import edited_model, text_encoders
 from diffusers_perfusion.text import superclass_input
@@ -249,14 +261,23 @@ def xl_pipeline(xl_components):
     return pipeline
 
 
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+def unigrams(*special):
+    """A tokenizer whose vocabulary is a few whole words and letters behind some special tokens, the last of them for
+    what it does not know."""
+    pieces = [*special, *(f"{SPACE}{word}" for word in WORDS)]
+    letters = [SPACE, *map(chr, range(33, 127))]
+    scores = [(piece, -1.0) for piece in pieces] + [(letter, -5.0) for letter in letters]
+    return Tokenizer(Unigram(scores, unk_id=len(special) - 1))
+
+
 @pytest.fixture(scope="session")
 def t5_tokenizer_folder(tmp_path_factory):
-    """A T5 tokenizer whose vocabulary is a few whole words and letters, as a folder."""
+    """A T5 tokenizer, as a folder."""
     folder = tmp_path_factory.mktemp("t5")
-    pieces = ["<pad>", "</s>", "<unk>", *(f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in WORDS)]
-    letters = ["\N{LOWER ONE EIGHTH BLOCK}", *map(chr, range(33, 127))]
-    scores = [(piece, -1.0) for piece in pieces] + [(letter, -5.0) for letter in letters]
-    tokenizer = Tokenizer(Unigram(scores, unk_id=2))
+    tokenizer = unigrams("<pad>", "</s>", "<unk>")
     tokenizer.pre_tokenizer = Metaspace()
     tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(
@@ -284,6 +305,91 @@ def pixart_components(t5_tokenizer_folder):
         "transformer": make_pixart(),
         "scheduler": DDIMScheduler(clip_sample=False),
     }
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer_folder(tmp_path_factory):
+    """A Gemma tokenizer, to which a word without a space before it is another word, as a folder."""
+    folder = tmp_path_factory.mktemp("gemma")
+    tokenizer = unigrams("<pad>", "<eos>", "<bos>", "<unk>")
+    tokenizer.normalizer = Replace(" ", SPACE)
+    tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        padding_side="left",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sana_components(gemma_tokenizer_folder):
+    """Parts of a Sana pipeline: text of width 20, which the transformer brings to its own 32; 32×32 pictures."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gemma_tokenizer_folder)
+    torch.manual_seed(0)
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=20,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=10,
+            query_pre_attn_scalar=10,
+            initializer_range=0.3,
+        )
+    ).eval()
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=20,
+        sample_size=8,
+    ).eval()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    ).eval()
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+        "scheduler": DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    }
+
+
+@pytest.fixture
+def sana_pipeline(sana_components):
+    """A tiny `PerfusionSanaPipeline`."""
+    pipeline = PerfusionSanaPipeline(**sana_components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPAGPipeline,
     PixArtSigmaPipeline,
+    SanaPAGPipeline,
+    SanaPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -65,11 +67,21 @@ def scheduled(scheduler, **settings):
     return make
 
 
+def with_text_model(components):
+    """Diffusers looks for the text encoder's last norm in `text_model`, which transformers 5 has done away with."""
+    encoder = components["text_encoder"]
+    if not hasattr(encoder, "text_model"):
+        vars(encoder)["text_model"] = encoder
+    return components
+
+
 def mask():
     return (image(2, 1) > 0.5).float()
 
 
 PIXART = {"use_resolution_binning": False, "max_sequence_length": LENGTH, "clean_caption": False}
+
+SANA = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": LENGTH}
 
 # By family, what makes a pipeline of components, and what it is called with.
 PIPELINES = {
@@ -105,6 +117,7 @@ PIPELINES = {
             scheduled(DPMSolverMultistepScheduler),
             lambda: {"guidance_rescale": 0.7},
         ),
+        "clip skip": (lambda parts: StableDiffusionPipeline(**with_text_model(parts)), lambda: {"clip_skip": 1}),
         "several of each prompt": (
             lambda parts: StableDiffusionPipeline(**parts),
             lambda: {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]},
@@ -133,6 +146,7 @@ PIPELINES = {
             lambda: {"pag_scale": 2.0},
         ),
         "without guidance": (lambda parts: StableDiffusionXLPipeline(**parts), lambda: {"guidance_scale": 1.0}),
+        "clip skip": (lambda parts: StableDiffusionXLPipeline(**parts), lambda: {"clip_skip": 1}),
         "two prompts": (
             lambda parts: StableDiffusionXLPipeline(**parts),
             lambda: {"prompt_2": ["a picture of a dog"] * 2, "negative_prompt": ["a beach"] * 2},
@@ -162,10 +176,23 @@ PIPELINES = {
         ),
     },
 }
+PIPELINES["Sana"] = {
+    "text to image": (lambda parts: SanaPipeline(**parts), lambda: SANA),
+    "PAG": (
+        lambda parts: SanaPAGPipeline(**parts, pag_applied_layers=["transformer_blocks.0"]),
+        lambda: SANA | {"pag_scale": 2.0},
+    ),
+    "no instruction": (
+        lambda parts: SanaPipeline(**parts),
+        lambda: SANA | {"complex_human_instruction": None},
+    ),
+    "without guidance": (lambda parts: SanaPipeline(**parts), lambda: SANA | {"guidance_scale": 1.0}),
+}
 COMPONENTS = {
     "Stable Diffusion": "components",
     "Stable Diffusion XL": "xl_components",
     "PixArt": "pixart_components",
+    "Sana": "sana_components",
 }
 
 
@@ -313,6 +340,7 @@ BESIDE = {
     "Stable Diffusion": list(FEATURES),
     "Stable Diffusion XL": list(FEATURES),
     "PixArt": ["bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting"],
+    "Sana": ["bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting"],
 }
 
 

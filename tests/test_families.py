@@ -19,6 +19,7 @@ ALL = {
     "xl_pipeline": ("Stable Diffusion XL", {}),
     "pixart_pipeline": ("PixArt", {}),
     "alpha_pipeline": ("PixArt", {"height": 16, "width": 16}),
+    "sana_pipeline": ("Sana", {"height": 32, "width": 32, "max_sequence_length": 24}),
 }
 
 
@@ -40,7 +41,7 @@ def test_every_family_is_met():
 def test_the_model_is_called_as_the_pipeline_calls_it(request, name, generate):
     """With a prompt alone, and in the size that the model is made for."""
     pipe, (family, arguments), calls = request.getfixturevalue(name), ALL[name], []
-    if family == "PixArt":
+    if family in ("PixArt", "Sana"):
         arguments = arguments | {"use_resolution_binning": False, "clean_caption": False}
     model = edited_model(pipe)
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
@@ -49,7 +50,7 @@ def test_the_model_is_called_as_the_pipeline_calls_it(request, name, generate):
     texts = text_encoders(pipe)
     with torch.no_grad():
         encoding = texts.encode(texts.tokenize(prompts))
-    length = encoding.states.shape[1]  # of PixArt without padding that is masked out
+    length = encoding.states.shape[1]  # without padding that is masked out
     torch.testing.assert_close(calls[0]["encoder_hidden_states"][:, :length], encoding.states)
     expected = family_of(pipe).conditions(model, encoding, 16)
     assert expected or family == "Stable Diffusion"

@@ -51,7 +51,7 @@ def report(words, report_of):
 
 
 def encode_prompts(words, *prompts):
-    return words.text_encoder(tokenize(words.tokenizer, prompts))[0]
+    return words.text_encoder(tokenize(words.tokenizer, prompts).input_ids)[0]
 
 
 def content(words, prompt):
@@ -118,7 +118,7 @@ def test_positions_are_those_of_the_first_occurrence(words):
     words.add("<my-cat>", vector(0), "cat")
     words.add("<my-dog>", vector(1), "dog")
     words.enable()
-    ids = tokenize(words.tokenizer, ["a <my-cat> <my-dog>", "<my-dog> on <my-cat> on <my-cat>"])
+    ids = tokenize(words.tokenizer, ["a <my-cat> <my-dog>", "<my-dog> on <my-cat> on <my-cat>"]).input_ids
     assert words.positions(ids, "<my-cat>").tolist() == [2, 3]
     assert words.positions(ids, "<my-dog>").tolist() == [3, 1]
 
@@ -132,7 +132,7 @@ def test_a_word_is_encoded_by_its_embedding(words, prompt):
     table = embedding_table(words.text_encoder)
     other = copy.deepcopy(words.text_encoder)
     embedding_table(other)[content(words, "dog")[0]] = vector(0)
-    expected = other(tokenize(words.tokenizer, [prompt.replace("{}", "dog")]))[0]
+    expected = other(tokenize(words.tokenizer, [prompt.replace("{}", "dog")]).input_ids)[0]
     words.add("<my-cat>", vector(0), "cat")
     words.enable()
     assert torch.equal(encode_prompts(words, prompt.replace("{}", "<my-cat>")), expected)
@@ -143,7 +143,7 @@ def test_two_words_are_encoded_by_their_own_embeddings(words):
     other = copy.deepcopy(words.text_encoder)
     for seed, word in enumerate(["dog", "bear"]):
         embedding_table(other)[content(words, word)[0]] = vector(seed)
-    expected = other(tokenize(words.tokenizer, ["a dog in the bear", "bear"]))[0]
+    expected = other(tokenize(words.tokenizer, ["a dog in the bear", "bear"]).input_ids)[0]
     words.add("<my-dog>", vector(0), "dog")
     words.add("<my-bear>", vector(1), "bear")
     words.enable()
@@ -196,17 +196,17 @@ def test_saved_text_encoder_knows_nothing_of_the_words(words, tmp_path):
 
 def test_prompts_without_a_word_are_not_changed(words):
     plain = ["a cat on the beach", "A Dog, in my picture!", ""]
-    ids, encodings = tokenize(words.tokenizer, plain), encode_prompts(words, *plain)
+    ids, encodings = tokenize(words.tokenizer, plain).input_ids, encode_prompts(words, *plain)
     words.add("<my-cat>", vector(0), "cat")
     words.enable()
-    assert torch.equal(tokenize(words.tokenizer, plain), ids)
+    assert torch.equal(tokenize(words.tokenizer, plain).input_ids, ids)
     assert torch.equal(encode_prompts(words, *plain), encodings)
     # Nor beside a prompt with one, in the same batch.
     assert torch.equal(encode_prompts(words, *plain, "a <my-cat>")[:3], encodings)
 
 
 def test_disable_restores_tokenizer_and_encoder_exactly(words, tokenizer):
-    ids, encodings = tokenize(tokenizer, PROMPTS), encode_prompts(words, *PROMPTS)
+    ids, encodings = tokenize(tokenizer, PROMPTS).input_ids, encode_prompts(words, *PROMPTS)
     vocabulary, size, state = tokenizer.get_vocab(), len(tokenizer), tokenizer.__dict__
     hooks = [hook_dicts(module) for module in words.text_encoder.modules()]
     words.add("<my-cat>", vector(0), "cat")
@@ -216,7 +216,7 @@ def test_disable_restores_tokenizer_and_encoder_exactly(words, tokenizer):
         words.enable()
         assert words.enabled
         assert len(tokenizer) == size + 2
-        assert not torch.equal(tokenize(tokenizer, PROMPTS), ids)
+        assert not torch.equal(tokenize(tokenizer, PROMPTS).input_ids, ids)
         assert not torch.equal(encode_prompts(words, *PROMPTS), encodings)
         words.disable()
         words.disable()
@@ -224,7 +224,7 @@ def test_disable_restores_tokenizer_and_encoder_exactly(words, tokenizer):
         assert tokenizer.__dict__ is state
         assert len(tokenizer) == size
         assert tokenizer.get_vocab() == vocabulary
-        assert torch.equal(tokenize(tokenizer, PROMPTS), ids)
+        assert torch.equal(tokenize(tokenizer, PROMPTS).input_ids, ids)
         assert torch.equal(encode_prompts(words, *PROMPTS), encodings)
         assert [hook_dicts(module) for module in words.text_encoder.modules()] == hooks
 
@@ -434,12 +434,12 @@ def test_the_end_of_a_prompt_stays_where_it_is(xl_components):
     tokenizer, model = xl_components["tokenizer_2"], xl_components["text_encoder_2"]
     other = copy.deepcopy(model)
     embedding_table(other).data[tokenizer("dog").input_ids[1]] = vector(0, 24)
-    expected = other(tokenize(tokenizer, ["a dog on the beach"]), output_hidden_states=True)
+    expected = other(tokenize(tokenizer, ["a dog on the beach"]).input_ids, output_hidden_states=True)
     words = ConceptWords(tokenizer, model, -2)
     words.add("<my-dog>", vector(0, 24), "dog")
     words.enable()
     for call in (lambda ids: model(ids, output_hidden_states=True), lambda ids: model(input_ids=ids)):
-        ids = tokenize(tokenizer, ["a <my-dog> on the beach"])
+        ids = tokenize(tokenizer, ["a <my-dog> on the beach"]).input_ids
         assert ids.argmax(-1) == 2
         assert torch.equal(call(ids).text_embeds, expected.text_embeds)
 
@@ -450,7 +450,7 @@ def test_the_hidden_state_that_the_pipeline_takes_is_reported(xl_components, rep
     words.add("<my-dog>", vector(0, 24), "dog")
     words.twins = True
     words.enable()
-    ids = tokenize(words.tokenizer, ["a <my-dog>", "a dog"])
+    ids = tokenize(words.tokenizer, ["a <my-dog>", "a dog"]).input_ids
     output = words.text_encoder(ids, output_hidden_states=True)
     ((encoding, reported, twin),) = report
     assert reported == ("<my-dog>",)
@@ -465,12 +465,12 @@ def test_a_word_is_encoded_by_its_embedding_in_t5(pixart_components):
     tokenizer, model = pixart_components["tokenizer"], pixart_components["text_encoder"]
     other = copy.deepcopy(model)
     embedding_table(other).data[tokenizer("dog").input_ids[0]] = vector(0, 20)
-    ids = tokenize(tokenizer, ["a dog on the beach"])
+    ids = tokenize(tokenizer, ["a dog on the beach"]).input_ids
     expected = other(ids, attention_mask=ids.ne(0))[0]
     words = ConceptWords(tokenizer, model)
     words.add("<my-dog>", vector(0, 20), "dog")
     words.enable()
-    ids = tokenize(tokenizer, ["a <my-dog> on the beach"])
+    ids = tokenize(tokenizer, ["a <my-dog> on the beach"]).input_ids
     assert torch.equal(model(ids, attention_mask=ids.ne(0))[0], expected)
 
 
@@ -478,13 +478,13 @@ def test_a_word_is_encoded_by_its_embedding_in_t5(pixart_components):
 def test_a_twin_beside_masked_padding(pixart_components, report_of, superclass):
     tokenizer, model = pixart_components["tokenizer"], pixart_components["text_encoder"]
     words = ConceptWords(tokenizer, model)
-    ids = tokenize(tokenizer, [f"a {superclass} on the beach"])
+    ids = tokenize(tokenizer, [f"a {superclass} on the beach"]).input_ids
     expected = model(ids, attention_mask=ids.ne(0))[0][0]
     report = report_of(words)
     words.add("<my-dog>", vector(0, 20), superclass)
     words.twins = True
     words.enable()
-    ids = tokenize(tokenizer, ["a <my-dog> on the beach"])
+    ids = tokenize(tokenizer, ["a <my-dog> on the beach"]).input_ids
     model(ids, attention_mask=ids.ne(0))
     longer = len(superclass.split())
     torch.testing.assert_close(report[0][2][:6], expected[[0, *range(longer, longer + 5)]])

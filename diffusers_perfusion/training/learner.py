@@ -6,13 +6,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from ..attention import cross_attention_layers, get_state
 from ..concept import PerfusionConcept
 from ..families import edited_model, family_of, text_encoders
+from ..noise import noise_schedule
 from ..text import TEMPLATES, superclass_input
 from .config import FitConfig
 from .data import Subject
@@ -45,7 +45,7 @@ class Learner:
     def __init__(self, pipeline: Any, config: FitConfig, accelerator: Accelerator, subject: Subject, c_inv: Tensor):
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
         self.subject, self.c_inv = subject, c_inv
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.scheduler = noise_schedule(pipeline.scheduler)
         self.texts, self.family, self.model = text_encoders(pipeline), family_of(pipeline), edited_model(pipeline)
         self.concept = self._start()
         self.prompt_ids = self.texts.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])

@@ -1,4 +1,4 @@
-"""The loss of a fit: what the UNet should have predicted, where it matters, at which noise."""
+"""The loss of a fit: what the model should have predicted, where it matters, at which noise."""
 
 from typing import Any
 
@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What a UNet of this scheduler's prediction type should predict.
+    """What a model of this schedule's prediction type should predict.
+
+    Args:
+        scheduler: as `noise.noise_schedule`.
+        latents: of the pictures, `(batch, channels, h, w)`.
+        noise: that was added to them, likewise.
+        timesteps: at which it was, `(batch,)`.
 
     Raises:
-        ValueError: if the prediction type is neither epsilon, v_prediction nor sample.
+        ValueError: if the prediction type is none of epsilon, v_prediction, sample and flow_prediction.
     """
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
@@ -19,13 +25,21 @@ def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps:
         return scheduler.get_velocity(latents, noise, timesteps)
     if kind == "sample":
         return latents
-    raise ValueError(f"prediction type {kind!r}; expected epsilon, v_prediction or sample")
+    if kind == "flow_prediction":
+        return noise - latents
+    raise ValueError(f"prediction type {kind!r}; expected epsilon, v_prediction, sample or flow_prediction")
 
 
 def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
-    """Min-SNR-γ weights of the loss (Hang et al. 2023, arXiv 2303.09556, Eq. 5), `(batch,)`; ones if `gamma` is 0."""
+    """Min-SNR-γ weights of the loss (Hang et al. 2023, arXiv 2303.09556, Eq. 5), `(batch,)`; ones if `gamma` is 0.
+
+    Raises:
+        ValueError: if the model predicts a flow, for which they are not defined.
+    """
     if gamma == 0:
         return torch.ones(timesteps.shape, device=timesteps.device)
+    if scheduler.config.prediction_type == "flow_prediction":
+        raise ValueError(f"snr_gamma is {gamma}, but this model predicts a flow, for which it must be 0")
     alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alphas / (1 - alphas)
     clipped = snr.clamp(max=gamma)
@@ -37,7 +51,7 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: Tenso
     """Squared error averaged over the subject of each picture, then over the weighted batch; a scalar in float32.
 
     Args:
-        prediction: of the UNet, `(batch, channels, h, w)`.
+        prediction: of the model, `(batch, channels, h, w)`.
         target: as `prediction_target`.
         mask: soft mask of the subject, `(batch, 1, h, w)`.
         weights: one a picture, `(batch,)`.

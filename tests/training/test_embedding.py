@@ -5,7 +5,8 @@ import torch
 from conftest import WIDTH
 from safetensors.torch import save_file
 
-from diffusers_perfusion.text import TextEncoders
+from diffusers_perfusion.families import text_encoders
+from diffusers_perfusion.text import TextEncoders, initial_word_embeddings, superclass_input
 from diffusers_perfusion.training.embedding import load_embeddings, word_input
 
 VECTOR = torch.arange(1.0, WIDTH + 1)
@@ -63,3 +64,10 @@ def test_the_input_of_a_word_leaves_no_trace(components):
     assert tokenizer("a <cat>").input_ids == ids and tokenizer.get_vocab() == vocabulary
     with pytest.raises(ValueError, match="has 3 numbers"):
         word_input(texts, "<cat>", [VECTOR[:3]], "cat")
+
+
+@pytest.mark.parametrize("name", ["pipeline", "xl_pipeline", "pixart_pipeline", "sana_pipeline"])
+def test_a_word_with_the_embeddings_of_another_is_encoded_like_it(request, name):
+    texts = text_encoders(request.getfixturevalue(name))
+    found = word_input(texts, "<my-cat>", initial_word_embeddings(texts, "cat"), "cat")
+    torch.testing.assert_close(found, superclass_input(texts, "cat"))

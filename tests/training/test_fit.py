@@ -93,11 +93,13 @@ def test_a_fit_writes_a_concept_that_has_an_effect(run, pipeline, generate):
     assert facts.items() <= concept.training.items()
 
 
-@pytest.mark.parametrize("name", ["xl_pipeline", "pixart_pipeline"])
+@pytest.mark.parametrize("name", ["xl_pipeline", "pixart_pipeline", "sana_pipeline"])
 def test_a_fit_of_other_families(request, name, fit_settings, generate):
     pipe = request.getfixturevalue(name)
-    if name == "pixart_pipeline":
+    if name != "xl_pipeline":
         generate = partial(generate, use_resolution_binning=False, clean_caption=False, max_sequence_length=LENGTH)
+    if name == "sana_pipeline":
+        generate = partial(generate, height=32, width=32)
     for model in pipe.components.values():
         if isinstance(model, torch.nn.Module):
             model.requires_grad_(False)  # as a fit leaves it; torch multiplies otherwise, in the last bits

@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from diffusers_perfusion.noise import FlowSchedule
 from diffusers_perfusion.training.loss import masked_loss, prediction_target, snr_weights
 
 
@@ -32,8 +33,19 @@ def test_a_velocity_target_leads_back_to_the_latents():
 def test_another_prediction_type_is_an_error():
     odd = scheduler("epsilon")
     odd.register_to_config(prediction_type="flow")
-    with pytest.raises(ValueError, match="'flow'; expected epsilon, v_prediction or sample"):
+    with pytest.raises(ValueError, match="'flow'; expected epsilon, v_prediction, sample or flow_prediction"):
         prediction_target(odd, *noisy())
+
+
+def test_a_flow_leads_from_the_picture_to_the_noise():
+    latents, noise, timesteps = noisy()
+    flow = FlowSchedule(1000)
+    seen, target = flow.add_noise(latents, noise, timesteps), prediction_target(flow, latents, noise, timesteps)
+    t = (timesteps / 1000).view(-1, 1, 1, 1)
+    torch.testing.assert_close(seen - t * target, latents)
+    torch.testing.assert_close(seen + (1 - t) * target, noise)
+    with pytest.raises(ValueError, match=r"snr_gamma is 5.0, but this model predicts a flow"):
+        snr_weights(flow, timesteps, 5.0)
 
 
 def test_min_snr_weights():

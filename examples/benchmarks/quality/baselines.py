@@ -97,7 +97,7 @@ def train(
         max_norm: of the gradients.
     """
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES])
+    prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES]).input_ids
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
     saved = {}
     for index in range(steps):

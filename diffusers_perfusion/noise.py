@@ -1,0 +1,30 @@
+"""How a base model's pictures are noised, by which it was trained."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+
+class FlowSchedule:
+    """Straight lines from pictures to noise, along which a model predicts the flow: `x_t = (1 − t) x + t ε`.
+
+    Rectified flow (Liu et al. 2022, arXiv 2209.03003, Eq. 1). It has what a fit needs of a diffusers scheduler.
+    """
+
+    def __init__(self, num_train_timesteps: int):
+        self.config = SimpleNamespace(num_train_timesteps=num_train_timesteps, prediction_type="flow_prediction")
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents `(batch, channels, h, w)` at timesteps `(batch,)` from 0 to `num_train_timesteps`."""
+        t = (timesteps / self.config.num_train_timesteps).to(latents).view(-1, 1, 1, 1)
+        return (1 - t) * latents + t * noise
+
+
+def noise_schedule(scheduler: Any) -> Any:
+    """The schedule that the model behind a pipeline's scheduler was trained by: `DDPMScheduler` or `FlowSchedule`."""
+    config = scheduler.config
+    if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
+        return FlowSchedule(config.num_train_timesteps)
+    return DDPMScheduler.from_config(config)
