@@ -8,9 +8,10 @@ DEMO_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint format clean
+.PHONY: demo test test-lowest lint format clean
 
 # torch comes first, so that no later step can choose another one.
 $(STAMP): pyproject.toml constraints.txt
@@ -25,6 +26,16 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -q
 
+# The tests with the lowest versions that pyproject.toml admits, in an environment of their own.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -q
+
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q uv
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct -e ".[train,dev]"
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +48,4 @@ format: $(STAMP)
 # Everything that the other targets made, but for .venv.
 clean:
 	rm -rf demo outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path "./$(VENV)*" -prune -o -type d -name __pycache__ -exec rm -rf {} +

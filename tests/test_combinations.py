@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from torch._dynamo.testing import CompileCounter
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.attention import cross_attention_layers
@@ -275,11 +277,17 @@ def sequential_offload(pipe):
 
 def group_offload(pipe):
     cpu = torch.device("cpu")
-    edited_model(pipe).enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    # Before 0.40 diffusers asks for an accelerator also when it is told to do without.
+    with patch("torch.accelerator.current_accelerator", return_value=cpu):
+        edited_model(pipe).enable_group_offload(cpu, cpu, offload_type="leaf_level")
 
 
 def layerwise(pipe):
     edited_model(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def int8(pipe):
+    quantize_(edited_model(pipe), Int8WeightOnlyConfig())
 
 
 def ip_adapter(pipe):
@@ -332,6 +340,7 @@ FEATURES = {
     "sequential offload": (sequential_offload, None, {}),
     "group offload": (group_offload, None, {}),
     "layerwise casting": (layerwise, None, {}),
+    "int8 weights": (int8, None, {}),
 }
 
 
@@ -339,8 +348,15 @@ FEATURES = {
 BESIDE = {
     "Stable Diffusion": list(FEATURES),
     "Stable Diffusion XL": list(FEATURES),
-    "PixArt": ["bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting"],
-    "Sana": ["bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting"],
+    "PixArt": [
+        "bfloat16",
+        "model offload",
+        "sequential offload",
+        "group offload",
+        "layerwise casting",
+        "int8 weights",
+    ],
+    "Sana": ["bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting", "int8 weights"],
 }
 
 
