@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 from PIL import Image
+from torch import Tensor
 
 from .aside import AsideMixin
 from .attention import attach, check_concept_fits, detach, get_state, replaced_layers
@@ -220,6 +221,31 @@ class PerfusionLoaderMixin(AsideMixin):
         for name, (bias, temperature) in settings.items():
             if name in state.loaded:
                 state.loaded[name].bias, state.loaded[name].temperature = bias, temperature
+        state.refresh()
+
+    def mark_perfusion(self, prompt_embeds: Tensor, names: str | Sequence[str] | None = None) -> None:
+        """Say which concepts are in text encodings that were weighted, mixed or cut, to be generated with later.
+
+        What `encode_prompt` gives needs no mark, nor do its rows, repeated or in another precision.
+
+        Args:
+            prompt_embeds: as the pipeline takes them, `(batch, length, d)`.
+            names: the concepts in every row of them; by default the active ones.
+
+        Raises:
+            ValueError: if a concept is not loaded, or the encodings are of another width than the pipeline's.
+        """
+        state = self._state("mark")
+        names = list(state.active) if names is None else [names] if isinstance(names, str) else list(names)
+        self._check_loaded(names)
+        widths = state.words.widths
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != sum(widths):
+            raise ValueError(
+                f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; expected (batch, length, {sum(widths)})"
+            )
+        for row in prompt_embeds:
+            for part in row.split(widths, -1):
+                state.mark(part, tuple(state.loaded[name].concept.placeholder_token for name in names), None)
         state.refresh()
 
     def enable_perfusion(self) -> None:

@@ -241,15 +241,17 @@ class PerfusionState:
         if digest not in self._twin_of:
             raise ValueError(
                 "global key-locking needs the prompt's super-category twin, which is encoded with the prompt; "
-                "encode the prompt after set_perfusion(locking='global')"
+                "encode the prompt after set_perfusion(locking='global'), or of what was weighted or mixed, which has "
+                "no twin, lock the keys with set_perfusion(locking='local')"
             )
         return self._twin_of[digest].to(encoding)
 
     def _warn_unseen(self) -> None:
         if self._unseen:
             logger.warning(
-                f"A prompt with {', '.join(self._unseen)} was encoded, but its encoding has not reached the UNet as "
-                "it was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised."
+                f"A prompt with {', '.join(self._unseen)} was encoded, but its encoding has not reached the model as "
+                "it was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised: "
+                "pass them to mark_perfusion() first."
             )
             self._unseen = ()
 

@@ -2,11 +2,13 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from compel import Compel
 from conftest import LENGTH, make_pixart, make_vae, random_concept
 from diffusers import (
     AnimateDiffPipeline,
@@ -37,6 +39,7 @@ from diffusers import (
     StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from torch._dynamo.testing import CompileCounter
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -512,6 +515,38 @@ def test_a_compiled_unet_is_compiled_once(plain_pipeline, make_concept, generate
     )  # encodings are looked up outside of graphs
 
 
+@pytest.mark.parametrize("family", ["Stable Diffusion", "Stable Diffusion XL"])
+@pytest.mark.parametrize("first", ["concept", "other"])
+def test_xformers(pipe, generate, monkeypatch, first):
+    """Its attention needs a GPU: here it is torch's, put in where diffusers does."""
+
+    def attention(query, key, value, attn_bias=None, scale=None, **options):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_bias, scale=scale)
+
+    def use(layer, use, attention_op=None):
+        layer.set_processor(XFormersAttnProcessor() if use else AttnProcessor2_0())
+
+    library = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=attention))
+    monkeypatch.setattr("diffusers.models.attention_processor.xformers", library, raising=False)
+    monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", use)
+    before, concept = generate(PROMPTS, pipe), random_concept(pipe)
+    pipe.load_perfusion(concept)
+    alone = generate(PROMPTS, pipe)
+    if first == "other":
+        pipe.unload_perfusion()
+        pipe.enable_xformers_memory_efficient_attention()
+        pipe.load_perfusion(concept)
+    else:
+        pipe.enable_xformers_memory_efficient_attention()
+    kinds = {type(layer.processor.processor) for layer in cross_attention_layers(pipe.unet).values()}
+    assert kinds == {XFormersAttnProcessor}
+    assert 0 < effect(generate(PROMPTS, pipe), alone) < 1e-4
+    pipe.disable_xformers_memory_efficient_attention()
+    assert torch.equal(generate(PROMPTS, pipe), alone)
+    pipe.unload_perfusion()
+    assert torch.equal(generate(PROMPTS, pipe), before)
+
+
 def test_frames_of_a_film(components, make_concept):
     torch.manual_seed(0)
     motion = MotionAdapter(
@@ -593,3 +628,27 @@ def test_pipelines_of_another_task_made_by_diffusers(components, generate):
     plain = generate(PROMPTS, other, **arguments)
     assert torch.equal(edited[1], plain[1])
     assert effect(edited[0], plain[0]) > 1e-3
+
+
+def test_weighted_prompts(pipeline, generate):
+    """Compel's encodings without weights are the text encoder's; of others somebody has to say what is in them."""
+    pipe, compel = pipeline, Compel(tokenizer=pipeline.tokenizer, text_encoder=pipeline.text_encoder)
+
+    def draw(*prompts):
+        return generate(prompts, pipe, prompt=None, prompt_embeds=encoded, negative_prompt_embeds=negative)
+
+    pipe.load_perfusion(random_concept(pipe))
+    with torch.no_grad():
+        negative = compel("").repeat(2, 1, 1)
+        encoded = torch.cat([compel(prompt) for prompt in PROMPTS])
+    plain = draw(*PROMPTS)
+    torch.testing.assert_close(plain, generate(PROMPTS, pipe))
+    with torch.no_grad():
+        encoded = torch.cat([compel(prompt) for prompt in ("a <my-cat> on the (beach)1.3", "a cat on the (beach)1.3")])
+    unmarked = draw(*PROMPTS)
+    pipe.mark_perfusion(encoded[:1])
+    weighted = draw(*PROMPTS)
+    assert torch.equal(weighted[1], unmarked[1])
+    assert effect(weighted[0], unmarked[0]) > 1e-3 and effect(weighted[0], plain[0]) > 1e-3
+    pipe.disable_perfusion()
+    assert torch.equal(draw(*PROMPTS), unmarked)

@@ -1,6 +1,7 @@
 """What a user does with concepts on a pipeline, judged by the pictures that come out."""
 
 import copy
+import itertools
 import logging
 import re
 from functools import partial
@@ -619,7 +620,29 @@ def test_encodings_that_were_changed_on_the_way_are_warned_of(pipeline, cat, gen
     positive, negative = pipeline.encode_prompt(CAT, "cpu", 1, True)
     generate(CAT, prompt=None, prompt_embeds=positive * 1.1, negative_prompt_embeds=negative)
     (message,) = warnings()
-    assert "<my-cat>" in message and "not reached the UNet as it was made" in message
+    assert "<my-cat>" in message and "not reached the model as it was made" in message
+
+
+def test_encodings_of_ones_own_are_known_once_they_are_marked(pipeline, cat, dog, generate, warnings):
+    pipeline.load_perfusion([cat, dog])
+    positive, negative = pipeline.encode_prompt("a <my-cat> on a <my-dog>", "cpu", 1, True)
+    embeddings = {"prompt": None, "prompt_embeds": positive * 1.01, "negative_prompt_embeds": negative}
+    bare = generate(CAT, **embeddings)
+    assert len(warnings()) == 1
+    drawn = {}
+    for names in ("my-cat", "my-dog", None):
+        pipeline.mark_perfusion(embeddings["prompt_embeds"], names)
+        drawn[names] = generate(CAT, **embeddings)
+    assert not warnings()
+    assert all(differ(one, other) for one, other in itertools.combinations((bare, *drawn.values()), 2))
+    pipeline.set_perfusion(locking="global")
+    with pytest.raises(ValueError, match=r"which has no twin, lock the keys with set_perfusion\(locking='local'\)"):
+        generate(CAT, **embeddings)
+    with pytest.raises(ValueError, match="no concept named 'my-cow' is loaded"):
+        pipeline.mark_perfusion(positive, "my-cow")
+    for other in (positive[0], positive[..., :-1]):
+        with pytest.raises(ValueError, match=r"prompt_embeds has shape .*; expected \(batch, length, 32\)"):
+            pipeline.mark_perfusion(other)
 
 
 def test_without_guidance(pipeline, cat, generate):

@@ -129,7 +129,7 @@ def test_a_warning_says_that_an_encoding_did_not_arrive_as_made(state, load, cap
     state.mark(encoding(0), ("<my-cat>",), None)
     state.prepare(encoding(0)[None] * 1.1)
     (message,) = warnings()
-    assert "<my-cat> was encoded" in message and "not reached the UNet" in message
+    assert "<my-cat> was encoded" in message and "not reached the model" in message
     state.prepare(encoding(1)[None])
     assert not warnings()  # once is enough
     state.mark(encoding(0), ("<my-cat>",), None)
