@@ -250,7 +250,7 @@ class PerfusionState:
         if self._unseen:
             logger.warning(
                 f"A prompt with {', '.join(self._unseen)} was encoded, but its encoding has not reached the model as "
-                "it was made, so no concept is applied. Encodings that were weighted, mixed or cut are not recognised: "
+                "it was made, so no concept is applied. Those that were weighted, mixed or cut are not recognised; "
                 "pass them to mark_perfusion() first."
             )
             self._unseen = ()
