@@ -327,6 +327,32 @@ class PerfusionConcept:
         return push_concept(self, repo_id, **options)
 
     @classmethod
+    def from_ckpt(
+        cls, path: str | os.PathLike, pipeline: Any, placeholder_token: str, superclass: str | None = None
+    ) -> "PerfusionConcept":
+        """A concept from a checkpoint of another implementation, for the model that it was trained on.
+
+        Those of ChenDarYen (`.ckpt`) and of `perfusion-pytorch` are known. A warning says what of it is lost. They are
+        pickles, read with `weights_only=True`, so no code in them can run.
+
+        Args:
+            path: the checkpoint.
+            pipeline: of its base model, Stable Diffusion 1.x or 2.x.
+            placeholder_token: the concept's word here.
+            superclass: its super-category; by default what the checkpoint says, which those of `perfusion-pytorch`
+                do not.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no such checkpoint, holds more than one concept, is of another model, or nobody says
+                the super-category.
+        """
+        # Here, because `foreign` makes concepts and so imports this module.
+        from .foreign import read_ckpt
+
+        return read_ckpt(Path(path), pipeline, placeholder_token, superclass)
+
+    @classmethod
     def load(cls, path: str | os.PathLike) -> "PerfusionConcept":
         """Read a concept file. Sizes, names, shapes and dtypes are checked before a tensor is read.
 

@@ -631,24 +631,21 @@ def test_pipelines_of_another_task_made_by_diffusers(components, generate):
 
 
 def test_weighted_prompts(pipeline, generate):
-    """Compel's encodings without weights are the text encoder's; of others somebody has to say what is in them."""
+    """What compel makes of a prompt is its own, so somebody has to say which concepts are in it."""
     pipe, compel = pipeline, Compel(tokenizer=pipeline.tokenizer, text_encoder=pipeline.text_encoder)
-
-    def draw(*prompts):
-        return generate(prompts, pipe, prompt=None, prompt_embeds=encoded, negative_prompt_embeds=negative)
-
     pipe.load_perfusion(random_concept(pipe))
-    with torch.no_grad():
-        negative = compel("").repeat(2, 1, 1)
-        encoded = torch.cat([compel(prompt) for prompt in PROMPTS])
-    plain = draw(*PROMPTS)
-    torch.testing.assert_close(plain, generate(PROMPTS, pipe))
-    with torch.no_grad():
-        encoded = torch.cat([compel(prompt) for prompt in ("a <my-cat> on the (beach)1.3", "a cat on the (beach)1.3")])
-    unmarked = draw(*PROMPTS)
-    pipe.mark_perfusion(encoded[:1])
-    weighted = draw(*PROMPTS)
+
+    @torch.no_grad()
+    def draw(*prompts, marked):
+        encoded, negative = (torch.cat([compel(prompt) for prompt in batch]) for batch in (prompts, ["", ""]))
+        if marked:
+            pipe.mark_perfusion(encoded[:1])
+        return generate(PROMPTS, pipe, prompt=None, prompt_embeds=encoded, negative_prompt_embeds=negative)
+
+    torch.testing.assert_close(draw(*PROMPTS, marked=True), generate(PROMPTS, pipe))
+    prompts = [prompt.replace("beach", "(beach)1.3") for prompt in PROMPTS]
+    unmarked, weighted = (draw(*prompts, marked=marked) for marked in (False, True))
     assert torch.equal(weighted[1], unmarked[1])
-    assert effect(weighted[0], unmarked[0]) > 1e-3 and effect(weighted[0], plain[0]) > 1e-3
+    assert all(effect(weighted[0], other[0]) > 1e-3 for other in (unmarked, generate(PROMPTS, pipe)))
     pipe.disable_perfusion()
-    assert torch.equal(draw(*PROMPTS), unmarked)
+    assert torch.equal(draw(*prompts, marked=False), unmarked)
