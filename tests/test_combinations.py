@@ -647,5 +647,3 @@ def test_weighted_prompts(pipeline, generate):
     unmarked, weighted = (draw(*prompts, marked=marked) for marked in (False, True))
     assert torch.equal(weighted[1], unmarked[1])
     assert all(effect(weighted[0], other[0]) > 1e-3 for other in (unmarked, generate(PROMPTS, pipe)))
-    pipe.disable_perfusion()
-    assert torch.equal(draw(*prompts, marked=False), unmarked)
