@@ -12,6 +12,9 @@ from .concept import PerfusionConcept
 from .editing import edit
 from .state import Edit, Made, PerfusionState, version_of
 
+# From encodings `(..., d)` to keys or values `(..., d_out)`.
+Projection = Callable[[Tensor], Tensor]
+
 
 class PerfusionAttnProcessor:
     """Cross-attention with the concepts of a `PerfusionState` edited into its keys and values.
@@ -83,18 +86,24 @@ class _EditedAttention:
 
     def to_k(self, encodings: Tensor, *args: Any) -> Tensor:
         """Locked keys: `o*_K = W_K i_super`, or globally the keys of the super-category twin (paper Section 4)."""
+        self.unused.discard("to_k")
         return self._once("to_k", self._keys, encodings, args)
 
     def to_v(self, encodings: Tensor, *args: Any) -> Tensor:
         """Learned values `o*_V`."""
+        self.unused.discard("to_v")
         return self._once("to_v", self._values, encodings, args)
+
+    def to_kv(self, encodings: Tensor, *args: Any) -> Tensor:
+        """Keys and values side by side, of projections that are fused."""
+        self.unused.clear()
+        return self._once("to_kv", self._keys_and_values, encodings, args)
 
     def _once(self, name: str, make: Callable[..., Tensor], encodings: Tensor, args: tuple[Any, ...]) -> Tensor:
         """What `make` gives; not made again while all that it is made of is the same."""
-        self.unused.discard(name)
         projection = getattr(self._attn, name)
         if args or not _is_repeatable(projection):
-            return make(encodings, *args)
+            return make(lambda inputs: projection(inputs, *args), encodings)
         outputs = [concept.target_outputs[self._layer] for concept in self._edit.concepts]
         version = (
             [version_of(tensor) for tensor in (encodings, *projection.parameters(), *outputs)],
@@ -103,23 +112,27 @@ class _EditedAttention:
         )
         made = self._edit.made.get((self._layer, name))
         if made is None or made.encodings is not encodings or made.version != (*version, version_of(made.output)):
-            output = make(encodings)
+            output = make(projection, encodings)
             made = self._edit.made[self._layer, name] = Made(encodings, (*version, version_of(output)), output)
         return made.output
 
-    def _keys(self, encodings: Tensor, *args: Any) -> Tensor:
+    def _keys(self, projection: Projection, encodings: Tensor) -> Tensor:
         if self._edit.keys is not None:
-            return self._attn.to_k(self._edit.keys.to(encodings.dtype), *args)
-        w_i, w_super = self._project(self._attn.to_k, encodings.dtype)
-        return edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, w_super, w_super)
+            return projection(self._edit.keys.to(encodings.dtype))
+        w_i, w_super = self._project(projection, encodings.dtype)
+        return edit(projection(encodings), self._edit.coef, self._edit.gate, w_i, w_super, w_super)
 
-    def _values(self, encodings: Tensor, *args: Any) -> Tensor:
-        w_i, w_super = self._project(self._attn.to_v, encodings.dtype)
+    def _values(self, projection: Projection, encodings: Tensor) -> Tensor:
+        w_i, w_super = self._project(projection, encodings.dtype)
         # Cast one by one: autocast on a CPU does not stack half precision, in which files are stored.
         o = torch.stack([concept.target_outputs[self._layer].to(encodings.dtype) for concept in self._edit.concepts])
-        return edit(self._attn.to_v(encodings, *args), self._edit.coef, self._edit.gate, w_i, o, w_super)
+        return edit(projection(encodings), self._edit.coef, self._edit.gate, w_i, o, w_super)
 
-    def _project(self, projection: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, projection: Projection, encodings: Tensor) -> Tensor:
+        keys, values = (partial(_half, projection, number) for number in range(2))
+        return torch.cat([self._keys(keys, encodings), self._values(values, encodings)], -1)
+
+    def _project(self, projection: Projection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`W i_j` and `W i_super` of all concepts, `(J, d_out)` each."""
         inputs = torch.cat([self._edit.target_input, self._edit.superclass_input])
         w_i, w_super = _linear(projection, inputs.to(dtype)).chunk(2)
@@ -140,7 +153,12 @@ def _is_repeatable(projection: nn.Module) -> bool:
     )
 
 
-def _linear(projection: nn.Module, inputs: Tensor) -> Tensor:
+def _half(projection: Projection, number: int, inputs: Tensor) -> Tensor:
+    """Of what fused projections give, the keys or the values."""
+    return projection(inputs).chunk(2, -1)[number]
+
+
+def _linear(projection: Projection, inputs: Tensor) -> Tensor:
     """`W x` of a projection that may add a bias, without reading it: `(J, d)` to `(J, d_out)`."""
     outputs = projection(torch.cat([inputs, torch.zeros_like(inputs[:1])]))
     return outputs[:-1] - outputs[-1:]

@@ -332,6 +332,11 @@ FEATURES = {
         lambda pipe: pipe.disable_attention_slicing(),
         {},
     ),
+    "fused projections": (
+        lambda pipe: pipe.fuse_qkv_projections(vae=False),
+        lambda pipe: pipe.unfuse_qkv_projections(vae=False),
+        {},
+    ),
     "FreeU": (
         lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
         lambda pipe: pipe.disable_freeu(),
@@ -439,7 +444,11 @@ def test_the_other_has_an_effect_and_may_leave_first(pipe, generate, name, first
     else:
         add(pipe)
     both = generate(PROMPTS, pipe, **arguments)
-    if name not in ("Textual Inversion", "attention slicing"):  # not in these prompts, and the same but for rounding
+    if name not in (
+        "Textual Inversion",
+        "attention slicing",
+        "fused projections",
+    ):  # not in these prompts, and the same but for rounding
         assert effect(both, alone) > 1e-3
     remove(pipe)
     tolerance = 0.1 if name == "bfloat16" else 1e-4  # the weights have been rounded
