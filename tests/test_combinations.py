@@ -180,18 +180,18 @@ PIPELINES = {
             ),
         ),
     },
-}
-PIPELINES["Sana"] = {
-    "text to image": (lambda parts: SanaPipeline(**parts), lambda: SANA),
-    "PAG": (
-        lambda parts: SanaPAGPipeline(**parts, pag_applied_layers=["transformer_blocks.0"]),
-        lambda: SANA | {"pag_scale": 2.0},
-    ),
-    "no instruction": (
-        lambda parts: SanaPipeline(**parts),
-        lambda: SANA | {"complex_human_instruction": None},
-    ),
-    "without guidance": (lambda parts: SanaPipeline(**parts), lambda: SANA | {"guidance_scale": 1.0}),
+    "Sana": {
+        "text to image": (lambda parts: SanaPipeline(**parts), lambda: SANA),
+        "PAG": (
+            lambda parts: SanaPAGPipeline(**parts, pag_applied_layers=["transformer_blocks.0"]),
+            lambda: SANA | {"pag_scale": 2.0},
+        ),
+        "no instruction": (
+            lambda parts: SanaPipeline(**parts),
+            lambda: SANA | {"complex_human_instruction": None},
+        ),
+        "without guidance": (lambda parts: SanaPipeline(**parts), lambda: SANA | {"guidance_scale": 1.0}),
+    },
 }
 COMPONENTS = {
     "Stable Diffusion": "components",
@@ -241,7 +241,7 @@ def lora(pipe, name="default", seed=0):
 
     torch.manual_seed(seed)
     config = LoraConfig(r=2, target_modules=["to_k", "to_v", "to_q", "to_out.0"], init_lora_weights=False)
-    pipe.unet.add_adapter(config, adapter_name=name)
+    edited_model(pipe).add_adapter(config, adapter_name=name)
 
 
 def two_loras(pipe):
@@ -352,19 +352,13 @@ FEATURES = {
 }
 
 
-# What PixArt's pipelines do not have is left out.
+# What their pipelines do not have is left out.
+TRANSFORMERS = "bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting", "int8 weights"
 BESIDE = {
-    "Stable Diffusion": list(FEATURES),
-    "Stable Diffusion XL": list(FEATURES),
-    "PixArt": [
-        "bfloat16",
-        "model offload",
-        "sequential offload",
-        "group offload",
-        "layerwise casting",
-        "int8 weights",
-    ],
-    "Sana": ["bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting", "int8 weights"],
+    "Stable Diffusion": tuple(FEATURES),
+    "Stable Diffusion XL": tuple(FEATURES),
+    "PixArt": TRANSFORMERS,
+    "Sana": ("LoRA", *TRANSFORMERS),
 }
 
 
