@@ -1,12 +1,11 @@
-"""`perfusion fit | generate | sweep | info | push | pull | search`, for people who write no Python."""
+"""`perfusion fit | fit-many | generate | sweep | info | push | pull | search`, for people who write no Python."""
 
 import argparse
 import dataclasses
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from diffusers import DiffusionPipeline
@@ -48,15 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting of `training.FitConfig`, with its type, default and description."""
-    from .training import FitConfig
+def add_fit_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """A flag for each setting of `training.FitConfig`, with its type, default and description.
 
-    hints = get_type_hints(FitConfig)
+    Args:
+        parser: that gets the flags.
+        optional: also those of settings without a default.
+    """
+    from .training.config import FitConfig, setting_kinds
+
+    kinds = setting_kinds()
     for field in dataclasses.fields(FitConfig):
-        kind = hints[field.name]
-        if get_origin(kind) in (Union, types.UnionType):
-            kind = next(part for part in get_args(kind) if part is not type(None))
+        kind = kinds[field.name]
         options: dict[str, Any] = {"help": field.metadata["help"]}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -69,7 +71,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         # A setting that is not given is left to FitConfig.
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required:
-            options["required"] = True
+            options["required"] = not optional
         elif field.default not in (None, dataclasses.MISSING):
             options["help"] += f" Default: {field.default}."
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
@@ -85,7 +87,31 @@ def fit(**settings: Any) -> None:
     pipeline = _unchecked(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     concept = run_fit(pipeline, config, accelerator)
     if accelerator.is_main_process:
-        print(f"{_describe(Path(config.output_dir) / 'perfusion.safetensors')}: {concept.placeholder_token}")
+        print(f"{_describe(Path(config.output_dir) / WEIGHT_NAME)}: {concept.placeholder_token}")
+
+
+def add_fit_many_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `fit-many`: the table, and settings of all."""
+    parser.add_argument(
+        "concepts",
+        help="CSV file with a line for each concept and a column for each setting in which they differ, such as "
+        "instance_data_dir, placeholder_token and superclass; flags are for all.",
+    )
+    add_fit_arguments(parser, optional=True)
+
+
+def fit_many(concepts: str, **settings: Any) -> None:
+    """Fit the concepts of a table, with all processes that are started with it."""
+    from .training import fit_many as run_fit_many
+    from .training.queue import leave_the_others, read_queue
+
+    number = leave_the_others()
+    configs = read_queue(concepts, settings)
+    base = configs[0]
+    pipeline = _unchecked(base.pretrained_model_name_or_path, revision=base.revision, variant=base.variant)
+    run_fit_many(pipeline, configs)
+    for config in configs if number == 0 else ():
+        print(f"{_describe(Path(config.output_dir) / WEIGHT_NAME)}: {config.placeholder_token}")
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -394,6 +420,7 @@ def _describe(path: Path) -> str:
 
 _COMMANDS = {
     "fit": (fit, add_fit_arguments, "Fit a concept to a folder of pictures."),
+    "fit-many": (fit_many, add_fit_many_arguments, "Fit a table of concepts, one after the other or in processes."),
     "generate": (generate, add_generate_arguments, "Draw prompts with concepts."),
     "sweep": (sweep, add_sweep_arguments, "Find the best bias and temperature of a concept."),
     "info": (info, add_info_arguments, "Show what is in a concept file, without a model."),

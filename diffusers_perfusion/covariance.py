@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils import logging
+from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -145,15 +146,16 @@ def cached_covariance(texts: TextEncoders, captions: str | os.PathLike | None = 
     lines = list(generate_captions()) if captions is None else read_captions(captions)
     key = hashlib.sha256(_fingerprint(texts) + "\n".join(lines).encode()).hexdigest()[:32]
     path = Path(HF_HOME) / "perfusion" / f"covariance-{key}.safetensors"
-    if path.is_file():
-        try:
-            return load_covariance(path)
-        except ValueError as error:
-            logger.warning(f"{error}. It is computed again.")
-    covariance = second_moment(texts, lines).float().cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, serialize({"covariance": covariance}))
-    return covariance
+    with FileLock(path.with_suffix(".lock")):  # of several processes one computes it, and the others wait
+        if path.is_file():
+            try:
+                return load_covariance(path)
+            except ValueError as error:
+                logger.warning(f"{error}. It is computed again.")
+        covariance = second_moment(texts, lines).float().cpu()
+        write_atomically(path, serialize({"covariance": covariance}))
+        return covariance
 
 
 def _fingerprint(texts: TextEncoders) -> bytes:

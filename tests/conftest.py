@@ -55,6 +55,7 @@ from diffusers_perfusion import (
 from diffusers_perfusion.attention import cross_attention_layers
 from diffusers_perfusion.families import edited_model, text_encoders
 from diffusers_perfusion.text import superclass_input
+from diffusers_perfusion.training.learner import Learner
 
 # Tiny models gain nothing from more threads, which would wait for each other on a busy machine.
 torch.set_num_threads(1)
@@ -481,6 +482,24 @@ def fit_settings(tmp_path, pictures_folder, fresh_accelerate):
         "max_train_steps": 4,
         "lr_warmup_steps": 0,
     }
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Make a fit fail at a step; nothing is raised in a fit started after that."""
+
+    def stop_at(index, error):
+        step = Learner.step
+
+        def stopping(self, current):
+            if current == index:
+                monkeypatch.setattr(Learner, "step", step)
+                raise error
+            return step(self, current)
+
+        monkeypatch.setattr(Learner, "step", stopping)
+
+    return stop_at
 
 
 @pytest.fixture

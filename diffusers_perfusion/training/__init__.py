@@ -2,5 +2,6 @@
 
 from .config import FitConfig
 from .fit import fit, make_accelerator
+from .queue import fit_many
 
-__all__ = ["FitConfig", "fit", "make_accelerator"]
+__all__ = ["FitConfig", "fit", "fit_many", "make_accelerator"]

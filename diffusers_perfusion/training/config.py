@@ -1,8 +1,9 @@
 """`FitConfig`: every setting of a fit, described here and nowhere else; the command line is made of it."""
 
+import types
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from diffusers.optimization import SchedulerType
 
@@ -194,3 +195,12 @@ class FitConfig:
         return (
             recipe if self.lr_scheduler.startswith("constant") else recipe | {"max_train_steps": self.max_train_steps}
         )
+
+
+def setting_kinds() -> dict[str, Any]:
+    """The type of each setting by its name, without None where that is allowed as well."""
+    kinds = get_type_hints(FitConfig)
+    for name, kind in kinds.items():
+        if get_origin(kind) in (Union, types.UnionType):
+            kinds[name] = next(part for part in get_args(kind) if part is not type(None))
+    return kinds

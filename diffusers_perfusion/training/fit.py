@@ -95,6 +95,9 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
             repo_id = create_repository(name, private=config.hub_private, token=config.hub_token)
 
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    precision = _PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    # Rounded as it is trained on, so that masks do not tell whether an earlier fit has left it so.
+    _move(model, accelerator.device, precision)
     for part in (pipeline.vae, *texts.models, model):
         # Text encoders stay in float32 under mixed precision, for the metric lives on its last digits.
         _move(part, accelerator.device, torch.float32)
@@ -103,9 +106,8 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
         config.mask, pictures, config.instance_data_dir, config.superclass, pipeline, config.seed
     )
     subject = make_subject(pipeline.vae, to_tensor([picture.image for picture in pictures]), masks, config.random_flip)
-    with accelerator.local_main_process_first():
-        c_inv = invert(check_covariance(_covariance(texts, config), _input_width(model)))
-    _move(model, accelerator.device, _PRECISIONS.get(accelerator.mixed_precision, torch.float32))
+    c_inv = invert(check_covariance(_covariance(texts, config), _input_width(model)))
+    _move(model, accelerator.device, precision)
     checkpointed = model.is_gradient_checkpointing
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -40,24 +40,6 @@ def run(pipeline, fit_settings, tmp_path):
 
 
 @pytest.fixture
-def stop(monkeypatch):
-    """Make a fit fail at a step; nothing is raised in a fit started after that."""
-
-    def stop_at(index, error):
-        step = Learner.step
-
-        def stopping(self, current):
-            if current == index:
-                monkeypatch.setattr(Learner, "step", step)
-                raise error
-            return step(self, current)
-
-        monkeypatch.setattr(Learner, "step", stopping)
-
-    return stop_at
-
-
-@pytest.fixture
 def losses(monkeypatch):
     """A list that gets the loss of each step."""
     found, step = [], Learner.step
