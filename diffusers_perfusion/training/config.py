@@ -101,6 +101,9 @@ class FitConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
         "Precision of the UNet; by default what accelerate is configured with."
     )
+    torch_compile: bool = _option(
+        "Compile the model, which takes a while; the first gradients are compared with those without.", False
+    )
     allow_tf32: bool = _option("Allow TF32 on Ampere GPUs.", False)
     report_to: str | None = _option("Tracker for loss and validation pictures: tensorboard, wandb, comet_ml or all.")
     logging_dir: str = _option("Folder for trackers, below the output folder.", "logs")

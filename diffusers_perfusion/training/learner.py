@@ -24,6 +24,9 @@ from .loss import masked_loss, prediction_target, snr_weights
 EMA_DECAY = 0.997
 NAME = "concept"
 
+# Between gradients with torch.compile and without: in bfloat16 both are rounded, and differently.
+MIN_COSINE = 0.9
+
 
 class Learner:
     """A concept on a pipeline, of which only `v*` and the `o*_V` have gradients (paper Section 4).
@@ -70,6 +73,7 @@ class Learner:
             num_training_steps=config.max_train_steps + 1,  # or the rate of the last step may be zero
         ).lr_lambdas[0]
         self.optimizer = accelerator.prepare(adam)
+        self._compiled = torch.compile(self.model) if config.torch_compile else self.model
         self._checked = False
 
     @property
@@ -125,8 +129,10 @@ class Learner:
         loss, encoding = torch.zeros((), device=accelerator.device), torch.zeros_like(self.concept.target_input)
         for micro in range(config.gradient_accumulation_steps):
             first = (micro * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
-            part = slice(first, first + config.train_batch_size)
-            part_loss, part_encoding = self._forward(*(values[part].to(accelerator.device) for values in drawn))
+            part = [values[first : first + config.train_batch_size].to(accelerator.device) for values in drawn]
+            if config.torch_compile and not self._checked:
+                self._check_compiled(part)
+            part_loss, part_encoding = self._forward(self._compiled, *part)
             accelerator.backward(part_loss / config.gradient_accumulation_steps)
             loss += part_loss.detach() / config.gradient_accumulation_steps
             encoding += part_encoding / config.gradient_accumulation_steps
@@ -155,8 +161,13 @@ class Learner:
             torch.randn((count, *latents.shape[1:]), generator=generator),
         )
 
-    def _forward(self, pictures: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of a batch, and the mean encoding at the concept's word, `(d,)`, out of the graph."""
+    def _forward(
+        self, model: Any, pictures: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of a batch, and the mean encoding at the concept's word, `(d,)`, out of the graph.
+
+        `model` is the learner's, or what it was compiled to.
+        """
         # Rows are chosen by a product with ones and zeros: the backward of indexing adds up repeated rows in whatever
         # order threads come, and a fit that goes on would not end in the same bits.
         chosen = F.one_hot(prompts, len(TEMPLATES)).float()
@@ -169,12 +180,24 @@ class Learner:
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(self.model.dtype)
         conditions = self.family.conditions(self.model, encoding, latents.shape[-1] * self.pipeline.vae_scale_factor)
         with self.accelerator.autocast():
-            prediction = self.model(noisy, timestep=timesteps, encoder_hidden_states=encoding.states, **conditions)
+            prediction = model(noisy, timestep=timesteps, encoder_hidden_states=encoding.states, **conditions)
         # Some models predict a variance as well, in channels behind.
         prediction = prediction.sample[:, : latents.shape[1]]
         target = prediction_target(self.scheduler, latents, noise, timesteps)
         weights = snr_weights(self.scheduler, timesteps, self.config.snr_gamma)
         return masked_loss(prediction, target, self.subject.masks[pictures], weights), at_word
+
+    def _check_compiled(self, part: list[Tensor]) -> None:
+        """See that the compiled model has the gradients of the model itself; some releases of torch lose them."""
+        learning = list(self.parameters.values())
+        # Scaled, or those of half precision may vanish.
+        losses = (2**10 * self._forward(model, *part)[0] for model in (self.model, self._compiled))
+        eager, compiled = (torch.cat(torch.autograd.grad(loss, learning)) for loss in losses)
+        if not (cosine := float(F.cosine_similarity(eager, compiled, dim=0))) > MIN_COSINE:
+            raise RuntimeError(
+                f"torch.compile gives other gradients than the model itself (their cosine is {cosine:.2f}) in "
+                f"{self.model.dtype}; fit without torch_compile, or with another mixed_precision"
+            )
 
     def _share_gradients(self) -> None:
         """Average gradients over processes, and see at the first step that there are any."""

@@ -1,8 +1,12 @@
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from conftest import WIDTH
 from diffusers import DDIMScheduler
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounter
 
 from diffusers_perfusion.attention import cross_attention_layers
 from diffusers_perfusion.families import text_encoders
@@ -366,3 +370,44 @@ def test_the_state_of_another_model_is_refused(make_learner):
     ):
         with pytest.raises(ValueError, match="of another concept or model"):
             make_learner().load_state_dict(wrong)
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with another gradient."""
+
+    @staticmethod
+    def forward(ctx, values, scale):
+        ctx.scale = scale
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.scale * gradient, None
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_compiled_model_that_has_other_gradients_is_refused(make_learner, monkeypatch, scale):
+    """As torch 2.13 on a CPU, where all are zero in bfloat16."""
+
+    def compile(model):
+        def run(*args, **kwargs):
+            output = model(*args, **kwargs)
+            return replace(output, sample=Scaled.apply(output.sample, scale))
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(RuntimeError, match=r"torch.compile gives other gradients .* in torch.float32; fit"):
+        make_learner(torch_compile=True).step(0)
+
+
+def test_a_compiled_model_learns_the_same_and_is_compiled_once(make_learner, monkeypatch):
+    learner = make_learner()
+    expected = [learner.step(index) for index in range(3)]
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    learner = make_learner(torch_compile=True)
+    losses, counts = zip(*((learner.step(index), counter.frame_count) for index in range(3)), strict=True)
+    assert losses == pytest.approx(expected)
+    assert counts[0] > 0 and len(set(counts)) == 1
