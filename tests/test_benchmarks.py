@@ -31,11 +31,12 @@ def test_load(tmp_path):
 
 def test_fit(tmp_path, monkeypatch, fresh_accelerate):
     monkeypatch.setattr(fit_benchmark, "RIVALS", {"LoRA, rank 4": ("lora", {"rank": 4})})
-    monkeypatch.setattr(fit_benchmark, "peak_bytes", lambda name, folder: 1)  # takes a process each
-    monkeypatch.setattr(fit_benchmark, "matrix_rate", lambda: 1e9)
+    monkeypatch.setattr(fit_benchmark, "peak_bytes", lambda name, bench: 1)  # takes a process each
+    monkeypatch.setattr(fit_benchmark, "matrix_rate", lambda device: 1e9)
     fit_benchmark.main(["--steps", "1", "--repeats", "1", "--output", str(tmp_path / "out.json")])
     _, rows = read(tmp_path / "out.json")
-    assert rows["Perfusion"]["ratio"] == 1.0 and rows["LoRA, rank 4"]["floor_ms"] > 0
+    assert rows["Perfusion"]["ratio"] == 1.0
+    assert rows["LoRA, rank 4, as its script"]["floor_ms"] > rows["LoRA, rank 4"]["floor_ms"] > 0
 
 
 def test_turns_alternate_and_ratios_are_of_the_same_turn(monkeypatch):

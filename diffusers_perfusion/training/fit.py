@@ -1,5 +1,6 @@
 """`fit`: from a folder of pictures to a concept file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -177,16 +178,32 @@ def _run(
     if accelerator.log_with:
         accelerator.init_trackers("perfusion", {k: str(v) for k, v in config.recipe().items()})
     step, last = start, checkpoint
+    unread: list[tuple[int, Tensor]] = []
     progress = tqdm(
         total=config.max_train_steps, initial=start, desc="Steps", disable=not accelerator.is_local_main_process
     )
+
+    def read_losses() -> None:
+        for number, loss in unread:
+            if not math.isfinite(value := float(loss)):
+                raise RuntimeError(f"the loss of step {number} is {value}; lower the learning rates")
+            progress.set_postfix(loss=f"{value:.4f}")
+            accelerator.log({"loss": value}, step=number)
+        unread.clear()
+
+    # Steps after which something is written, or drawn.
+    stops = [config.checkpointing_steps]
+    stops += [config.selection_steps] if config.select_by else []
+    stops += [config.validation_steps] if config.validation_prompt else []
     try:
         while step < config.max_train_steps:
             loss = learner.step(step)
+            read_losses()  # of the step before, so that an accelerator has the next one to do meanwhile
             step += 1
             progress.update()
-            progress.set_postfix(loss=f"{loss:.4f}")
-            accelerator.log({"loss": loss}, step=step)
+            unread.append((step, loss))
+            if step == config.max_train_steps or any(step % every == 0 for every in stops):
+                read_losses()
             if not accelerator.is_main_process:
                 continue
             # Before the checkpoint, which holds the scores as well.

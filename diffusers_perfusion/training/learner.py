@@ -39,7 +39,7 @@ class Learner:
         config: settings.
         accelerator: processes, device and precision.
         subject: what it learns from.
-        c_inv: `C⁻¹`, `(d, d)` in float64 on the CPU, since some accelerators have none.
+        c_inv: `C⁻¹`, `(d, d)` in float64.
 
     Attributes:
         concept: as it stands; its tensors are the parameters.
@@ -47,7 +47,8 @@ class Learner:
 
     def __init__(self, pipeline: Any, config: FitConfig, accelerator: Accelerator, subject: Subject, c_inv: Tensor):
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
-        self.subject, self.c_inv = subject, c_inv
+        # Apple's accelerator has no float64.
+        self.subject, self.c_inv = subject, c_inv.to("cpu" if accelerator.device.type == "mps" else accelerator.device)
         self.scheduler = noise_schedule(pipeline.scheduler)
         self.texts, self.family, self.model = text_encoders(pipeline), family_of(pipeline), edited_model(pipeline)
         self.concept = self._start()
@@ -113,16 +114,16 @@ class Learner:
         return self._state.loaded[NAME].concept
 
     def _inverse(self, target_input: Tensor) -> Tensor:
-        return (self.c_inv @ target_input.cpu().double()).to(target_input)
+        return (self.c_inv @ target_input.to(self.c_inv)).to(target_input)
 
-    def step(self, index: int) -> float:
-        """One optimizer step, and its mean loss over all processes.
+    def step(self, index: int) -> Tensor:
+        """One optimizer step, and its mean loss over all processes, which nothing here waits for, but in the first.
 
         Args:
             index: number of the step, from 0.
 
         Raises:
-            RuntimeError: if the gradients of the first step are all zero or not finite, or a loss is not finite.
+            RuntimeError: if the gradients of the first step are all zero or not finite, or others when compiled.
         """
         config, accelerator = self.config, self.accelerator
         drawn = self._draw(index)
@@ -145,10 +146,7 @@ class Learner:
         encoding = accelerator.reduce(encoding, "mean")
         self.concept.target_input = EMA_DECAY * self.concept.target_input + (1 - EMA_DECAY) * encoding
         self.concept.inverse_target_input = self._inverse(self.concept.target_input)
-        mean = float(accelerator.reduce(loss, "mean"))
-        if not torch.isfinite(torch.tensor(mean)):
-            raise RuntimeError(f"the loss of step {index + 1} is {mean}; lower the learning rates")
-        return mean
+        return accelerator.reduce(loss, "mean")
 
     def _draw(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pictures, prompts, timesteps and noise of one step, for all processes."""
@@ -171,7 +169,8 @@ class Learner:
         # Rows are chosen by a product with ones and zeros: the backward of indexing adds up repeated rows in whatever
         # order threads come, and a fit that goes on would not end in the same bits.
         chosen = F.one_hot(prompts, len(TEMPLATES)).float()
-        encoding = self.texts.encode(self.prompt_ids)
+        with self._state.words.unheard():
+            encoding = self.texts.encode(self.prompt_ids)
         encoding = encoding.map(lambda part: torch.tensordot(chosen, part.to(chosen), dims=1))
         at_word = encoding.inputs[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
         encoding = encoding.map(lambda part: part.to(self.model.dtype))

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_perfusion import PerfusionConcept
@@ -53,7 +53,13 @@ def load(name, device="cpu", dtype=torch.float32):
             eos_token_id=tokenizer.eos_token_id,
         )
         pipeline = StableDiffusionPipeline(
-            vae=AutoencoderTiny(),
+            vae=AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+                latent_channels=4,
+            ),
             text_encoder=CLIPTextModel(text),
             tokenizer=tokenizer,
             unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),

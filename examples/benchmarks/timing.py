@@ -1,5 +1,6 @@
 """Times of several things, taken in turns in one process, and what they were taken on."""
 
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,23 @@ def seconds(function, device="cpu"):
     function()
     torch.accelerator.synchronize()
     return perf_counter() - start
+
+
+def moment(device="cpu"):
+    """Now, as `seconds_between` takes it: on an accelerator when it comes to it, without waiting for it."""
+    if torch.device(device).type == "cpu":
+        return perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(moments):
+    """The seconds from each moment to the next."""
+    if moments and not isinstance(moments[0], float):
+        torch.accelerator.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(moments)]
+    return [after - before for before, after in itertools.pairwise(moments)]
 
 
 def alternate(functions, repeats, device="cpu"):

@@ -16,6 +16,7 @@ sees all of a picture, unless the subject is read with its masks. No method gets
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def train(
     batch_size=16,
     bf16=False,
     max_norm=None,
+    each_prompt=False,
 ):
     """The steps of any method; returns `{step: folder}`.
 
@@ -95,25 +97,34 @@ def train(
         batch_size: pictures in a step.
         bf16: run the UNet in it; the text encoder, the parameters and the loss stay in float32.
         max_norm: of the gradients.
+        each_prompt: encode the prompt of each picture, as the scripts do, and not each template once.
     """
+    device = pipeline.unet.device
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES]).input_ids
+    prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES]).input_ids.to(device)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
     saved = {}
     for index in range(steps):
         # In the order in which a Perfusion fit draws, so that both see the same pictures and templates for a seed.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        pictures = torch.randint(len(subject.latents), (batch_size,), generator=generator)
-        prompts = torch.randint(len(TEMPLATES), (batch_size,), generator=generator)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
-        noise = torch.randn((batch_size, *subject.latents.shape[1:]), generator=generator)
+        drawn = (
+            torch.randint(len(subject.latents), (batch_size,), generator=generator),
+            torch.randint(len(TEMPLATES), (batch_size,), generator=generator),
+            torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator),
+            torch.randn((batch_size, *subject.latents.shape[1:]), generator=generator),
+        )
+        pictures, prompts, timesteps, noise = (values.to(device) for values in drawn)
 
-        chosen = F.one_hot(prompts, len(TEMPLATES)).float()
-        encodings = torch.tensordot(chosen, pipeline.text_encoder(prompt_ids)[0], dims=1)
+        if each_prompt:
+            encodings = pipeline.text_encoder(prompt_ids[prompts])[0]
+        else:
+            chosen = F.one_hot(prompts, len(TEMPLATES)).float()
+            encodings = torch.tensordot(chosen, pipeline.text_encoder(prompt_ids)[0], dims=1)
         latents = subject.latents[pictures]
         noisy = scheduler.add_noise(latents, noise, timesteps)
         # On a CPU the backward of the other kernel takes a third of a step in bfloat16.
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+        kernel = sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), kernel:
             prediction = pipeline.unet(noisy, timesteps, encoder_hidden_states=encodings).sample
         target = prediction_target(scheduler, latents, noise, timesteps)
         loss = masked_loss(prediction, target, subject.masks[pictures], snr_weights(scheduler, timesteps, SNR_GAMMA))
