@@ -213,35 +213,37 @@ class ConceptWords:
                 f"{type(module).__name__} encodes a prompt without looking up embeddings in its table, so the words "
                 "of concepts would be lost; load concepts on a pipeline whose text encoder does"
             )
-        # Without the hidden states it was not called for the encodings that the pipeline takes.
-        if input_ids is None or self.on_encoding is None or (self._inner and output.hidden_states is None):
+        if input_ids is None or self.on_encoding is None:
             return
         rows = self._mask(input_ids).any(-1).nonzero()[:, 0].tolist()
         if not rows:
             return
         ids = input_ids.tolist()
-        twins: Sequence[Tensor | None] = [None] * len(rows)
+        words = [tuple(word for token_id, word in self._ids.items() if token_id in ids[row]) for row in rows]
+        twins: Sequence[Sequence[Tensor | None]] = [[None] * len(rows)] * 2
         if self.twins:
             mask = None if self._attention_mask is None else self._attention_mask[rows]
-            twins = list(self._twin_encodings([ids[row] for row in rows], mask, input_ids.device))
-        for row, twin in zip(rows, twins, strict=True):
-            words = tuple(word for token_id, word in self._ids.items() if token_id in ids[row])
-            self.on_encoding(self._cut(self._encodings(output)[row]), words, None if twin is None else self._cut(twin))
+            twins = self._twin_encodings([ids[row] for row in rows], mask, input_ids.device)
+        for encodings, their_twins in zip(self._encodings(output), twins, strict=False):
+            for row, held, twin in zip(rows, words, their_twins, strict=True):
+                self.on_encoding(self._cut(encodings[row]), held, None if twin is None else self._cut(twin))
 
-    @property
-    def _inner(self) -> bool:
-        """Whether the pipeline takes encodings from the hidden states."""
-        return self.layer is not None or self.clip_skip is not None
+    def _encodings(self, output: Any) -> list[Tensor]:
+        """Of what the text encoder returned, what the pipeline may take, `(batch, length, d)` each.
 
-    def _encodings(self, output: Any) -> Tensor:
-        """Of what the text encoder returned, what the pipeline takes, `(batch, length, d)`."""
-        if self.clip_skip is None:
-            return states_of(output, self.layer)
-        if self.layer is not None:
-            return states_of(output, self.layer - self.clip_skip)
-        # The last layer's norm comes after whichever it takes.
-        transformer: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return transformer.final_layer_norm(states_of(output, -1 - self.clip_skip))
+        That is the usual layer's, since of a negative prompt no layer is skipped, and what `clip_skip` leads to. Without
+        the hidden states it was called for something else.
+        """
+        taken = []
+        if self.layer is None or output.hidden_states is not None:
+            taken.append(states_of(output, self.layer))
+        if self.clip_skip is not None and output.hidden_states is not None:
+            if self.layer is not None:
+                taken.append(states_of(output, self.layer - self.clip_skip))
+            else:  # the last layer's norm comes after whichever it takes
+                transformer: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+                taken.append(transformer.final_layer_norm(states_of(output, -1 - self.clip_skip)))
+        return taken
 
     def _cut(self, encoding: Tensor) -> Tensor:
         """What the pipeline takes of an encoding `(length, d)`."""
@@ -249,8 +251,8 @@ class ConceptWords:
             return encoding
         return torch.cat([encoding[:1], encoding[1 - self.max_length :]])
 
-    def _twin_encodings(self, rows: list[list[int]], mask: Tensor | None, device: torch.device) -> Tensor:
-        """Encodings of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
+    def _twin_encodings(self, rows: list[list[int]], mask: Tensor | None, device: torch.device) -> list[Tensor]:
+        """As `_encodings`, of prompts with the super-category in place of each concept word, `(len(rows), length, d)`.
 
         `mask` is one for tokens and zero for padding, which begins after them, or None.
 
@@ -272,12 +274,15 @@ class ConceptWords:
             longer = mask.sum(-1, keepdim=True) + torch.tensor(added, device=mask.device)[:, None]
             mask = (torch.arange(mask.shape[1], device=mask.device) < longer).to(mask)
         output = self.text_encoder(
-            torch.tensor(twins, device=device), attention_mask=mask, output_hidden_states=self._inner
+            torch.tensor(twins, device=device),
+            attention_mask=mask,
+            output_hidden_states=self.layer is not None or self.clip_skip is not None,
         )
-        encodings = self._encodings(output)
-        return torch.stack(
-            [e[i] for e, i in zip(encodings, torch.tensor(gather, device=encodings.device), strict=True)]
-        )
+        index = torch.tensor(gather, device=device)
+        return [
+            torch.stack([e[i.to(e.device)] for e, i in zip(encodings, index, strict=True)])
+            for encodings in self._encodings(output)
+        ]
 
 
 def _copy(tokenizer: Any) -> Any:
