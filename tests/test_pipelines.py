@@ -104,10 +104,10 @@ def test_neither_order_changes_a_bit(pipeline, make_concept, generate):
 
 def test_layers_are_skipped_of_prompts_and_not_of_negative_ones(xl_pipeline, generate):
     xl_pipeline.load_perfusion(random_concept(xl_pipeline))
-    negative = {"prompt": ["a beach"], "negative_prompt": ["a <my-cat>"], "clip_skip": 1}
-    edited = generate(None, xl_pipeline, **negative)
+    negative = {"negative_prompt": ["a <my-cat>"], "clip_skip": 1}
+    edited = generate("a beach", xl_pipeline, **negative)
     xl_pipeline.set_perfusion(bias=0.1)
-    assert (generate(None, xl_pipeline, **negative) - edited).abs().max() > 1e-3
+    assert (generate("a beach", xl_pipeline, **negative) - edited).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("clean_caption", [False, True])
