@@ -220,7 +220,7 @@ class ConceptWords:
             return
         ids = input_ids.tolist()
         words = [tuple(word for token_id, word in self._ids.items() if token_id in ids[row]) for row in rows]
-        twins: Sequence[Sequence[Tensor | None]] = [[None] * len(rows)] * 2
+        twins: Sequence[Sequence[Tensor | None] | Tensor] = [[None] * len(rows)] * 2
         if self.twins:
             mask = None if self._attention_mask is None else self._attention_mask[rows]
             twins = self._twin_encodings([ids[row] for row in rows], mask, input_ids.device)
@@ -231,8 +231,8 @@ class ConceptWords:
     def _encodings(self, output: Any) -> list[Tensor]:
         """Of what the text encoder returned, what the pipeline may take, `(batch, length, d)` each.
 
-        That is the usual layer's, since of a negative prompt no layer is skipped, and what `clip_skip` leads to. Without
-        the hidden states it was called for something else.
+        That is the usual layer's, since no layer is skipped of negative prompts, and the one that `clip_skip` leads
+        to. Without the hidden states it was called for something else.
         """
         taken = []
         if self.layer is None or output.hidden_states is not None:
@@ -278,9 +278,8 @@ class ConceptWords:
             attention_mask=mask,
             output_hidden_states=self.layer is not None or self.clip_skip is not None,
         )
-        index = torch.tensor(gather, device=device)
         return [
-            torch.stack([e[i.to(e.device)] for e, i in zip(encodings, index, strict=True)])
+            torch.stack([encoding[torch.tensor(index)] for encoding, index in zip(encodings, gather, strict=True)])
             for encodings in self._encodings(output)
         ]
 

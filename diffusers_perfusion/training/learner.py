@@ -53,8 +53,7 @@ class Learner:
         self.texts, self.family, self.model = text_encoders(pipeline), family_of(pipeline), edited_model(pipeline)
         self.concept = self._start()
         self.prompt_ids = self.texts.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])
-        word_at = self._state.words.positions(self.prompt_ids, config.placeholder_token)
-        self.word_at = word_at.to(accelerator.device)
+        self.word_at = self._state.words.positions(self.prompt_ids, config.placeholder_token)
 
         outputs = self.concept.target_outputs
         names = ("word_embedding", "word_embedding_2")
@@ -130,7 +129,7 @@ class Learner:
         loss, encoding = torch.zeros((), device=accelerator.device), torch.zeros_like(self.concept.target_input)
         for micro in range(config.gradient_accumulation_steps):
             first = (micro * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
-            part = [values[first : first + config.train_batch_size].to(accelerator.device) for values in drawn]
+            part = [values[first : first + config.train_batch_size] for values in drawn]
             if config.torch_compile and not self._checked:
                 self._check_compiled(part)
             part_loss, part_encoding = self._forward(self._compiled, *part)
@@ -164,13 +163,15 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and the mean encoding at the concept's word, `(d,)`, out of the graph.
 
-        `model` is the learner's, or what it was compiled to.
+        `model` is the learner's, or what it was compiled to; what was drawn is on the CPU.
         """
-        # Rows are chosen by a product with ones and zeros: the backward of indexing adds up repeated rows in whatever
-        # order threads come, and a fit that goes on would not end in the same bits.
-        chosen = F.one_hot(prompts, len(TEMPLATES)).float()
+        pictures, timesteps, noise = (drawn.to(self.accelerator.device) for drawn in (pictures, timesteps, noise))
+        # Each template is encoded once. Its rows are chosen by a product with ones and zeros: the backward of indexing
+        # adds up repeated rows in whatever order threads come, and a fit that goes on would not end in the same bits.
+        templates, rows = prompts.unique(return_inverse=True)
+        chosen = F.one_hot(rows).float().to(pictures.device)
         with self._state.words.unheard():
-            encoding = self.texts.encode(self.prompt_ids)
+            encoding = self.texts.encode([ids[templates] for ids in self.prompt_ids])
         encoding = encoding.map(lambda part: torch.tensordot(chosen, part.to(chosen), dims=1))
         at_word = encoding.inputs[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
         encoding = encoding.map(lambda part: part.to(self.model.dtype))

@@ -140,13 +140,12 @@ def peak_bytes(name, bench):
 
 
 def _peak(name, bench):
-    load(bench.model, bench.device)
-    if bench.device != "cpu":
-        before = torch.cuda.memory_allocated()
-        train(name, bench, 3)
-        return torch.cuda.max_memory_allocated() - before
-    before = _resident("VmRSS")
+    model = load(bench.model, bench.device)
+    before = _resident("VmRSS") if bench.device == "cpu" else torch.cuda.memory_allocated()
+    del model  # training loads another
     train(name, bench, 3)
+    if bench.device != "cpu":
+        return torch.cuda.max_memory_allocated() - before
     return _resident("VmHWM") - before
 
 
