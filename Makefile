@@ -45,7 +45,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Everything that the other targets made, but for .venv.
+# Everything that the other targets made, but for their environments.
 clean:
 	rm -rf demo outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path "./$(VENV)*" -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,14 +104,14 @@ def add_fit_many_arguments(parser: argparse.ArgumentParser) -> None:
 def fit_many(concepts: str, **settings: Any) -> None:
     """Fit the concepts of a table, with all processes that are started with it."""
     from .training import fit_many as run_fit_many
-    from .training.queue import leave_the_others, read_queue
+    from .training.queue import read_queue
 
-    number = leave_the_others()
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     configs = read_queue(concepts, settings)
     base = configs[0]
     pipeline = _unchecked(base.pretrained_model_name_or_path, revision=base.revision, variant=base.variant)
     run_fit_many(pipeline, configs)
-    for config in configs if number == 0 else ():
+    for config in configs if speaks else ():
         print(f"{_describe(Path(config.output_dir) / WEIGHT_NAME)}: {config.placeholder_token}")
 
 

@@ -146,16 +146,25 @@ def cached_covariance(texts: TextEncoders, captions: str | os.PathLike | None = 
     lines = list(generate_captions()) if captions is None else read_captions(captions)
     key = hashlib.sha256(_fingerprint(texts) + "\n".join(lines).encode()).hexdigest()[:32]
     path = Path(HF_HOME) / "perfusion" / f"covariance-{key}.safetensors"
+    if (covariance := _kept(path)) is not None:  # also where nothing can be written
+        return covariance
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # of several processes one computes it, and the others wait
-        if path.is_file():
-            try:
-                return load_covariance(path)
-            except ValueError as error:
-                logger.warning(f"{error}. It is computed again.")
-        covariance = second_moment(texts, lines).float().cpu()
-        write_atomically(path, serialize({"covariance": covariance}))
+        if (covariance := _kept(path)) is None:
+            covariance = second_moment(texts, lines).float().cpu()
+            write_atomically(path, serialize({"covariance": covariance}))
         return covariance
+
+
+def _kept(path: Path) -> Tensor | None:
+    """What an earlier process has computed, if it is whole."""
+    if not path.is_file():
+        return None
+    try:
+        return load_covariance(path)
+    except ValueError as error:
+        logger.warning(f"{error}. It is computed again.")
+        return None
 
 
 def _fingerprint(texts: TextEncoders) -> bytes:

@@ -67,8 +67,9 @@ def read_ckpt(path: Path, pipeline: Any, placeholder_token: str, superclass: str
             held = torch.load(path, map_location="cpu", weights_only=True)
         learned = _chendaryen(held, widths) if "target_output" in held else _lucidrains(held, widths)
         (word_embedding,) = learned.word_embedding.detach().float()
+        inverse = (learned.c_inv.double() @ learned.target_input.double()).float()
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, which could run code, so it is not read") from error
+        raise ValueError(f"{path} is broken, or holds more than tensors, which could run code; not read") from error
     except Exception as error:  # each kind of damage has an error of its own
         raise ValueError(f"{path} is no whole checkpoint of one concept by a known author: {error!r:.300}") from error
     if (superclass := superclass or learned.superclass) is None:
@@ -78,7 +79,7 @@ def read_ckpt(path: Path, pipeline: Any, placeholder_token: str, superclass: str
         superclass=superclass,
         word_embedding=word_embedding,
         target_input=learned.target_input.float(),
-        inverse_target_input=(learned.c_inv.double() @ learned.target_input.double()).float(),
+        inverse_target_input=inverse,
         superclass_input=superclass_input(texts, superclass).float().cpu(),
         target_outputs={name: output.detach().float() for name, output in learned.outputs.items()},
         base_model=getattr(model, "name_or_path", "") or "",

@@ -233,11 +233,14 @@ class PerfusionLoaderMixin(AsideMixin):
             names: the concepts in every row of them; by default the active ones.
 
         Raises:
-            ValueError: if a concept is not loaded, or the encodings are of another width than the pipeline's.
+            ValueError: if a concept is not loaded, none is named and none active, or the encodings are of another
+                width than the pipeline's.
         """
         state = self._state("mark")
         names = list(state.active) if names is None else [names] if isinstance(names, str) else list(names)
         self._check_loaded(names)
+        if not names:
+            raise ValueError("no concept is active, so there is none to mark; name those that are in the encodings")
         widths = state.words.widths
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != sum(widths):
             raise ValueError(

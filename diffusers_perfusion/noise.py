@@ -23,8 +23,18 @@ class FlowSchedule:
 
 
 def noise_schedule(scheduler: Any) -> Any:
-    """The schedule that the model behind a pipeline's scheduler was trained by: `DDPMScheduler` or `FlowSchedule`."""
+    """The schedule that the model behind a pipeline's scheduler was trained by: `DDPMScheduler` or `FlowSchedule`.
+
+    Raises:
+        ValueError: if it predicts something else.
+    """
     config = scheduler.config
-    if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
+    kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
+    if kind == "flow_prediction":
         return FlowSchedule(config.num_train_timesteps)
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"the scheduler {type(scheduler).__name__} is of a model that predicts {kind!r}; expected epsilon, "
+            "v_prediction, sample or flow_prediction"
+        )
     return DDPMScheduler.from_config(config)

@@ -339,18 +339,6 @@ class Vocabulary:
             part.on_encoding = on_encoding
 
     @contextmanager
-    def unheard(self) -> Iterator[None]:
-        """Tell nobody of the encodings made meanwhile, for which an accelerator would have to be waited for."""
-        heard = [part.on_encoding for part in self._parts]
-        for part in self._parts:
-            part.on_encoding = None
-        try:
-            yield
-        finally:
-            for part, on_encoding in zip(self._parts, heard, strict=True):
-                part.on_encoding = on_encoding
-
-    @contextmanager
     def taking(self, clip_skip: int | None, max_length: int | None) -> Iterator[None]:
         """Set `ConceptWords.clip_skip` and `ConceptWords.max_length` of all, while the pipeline encodes a prompt."""
         for part in self._parts:

@@ -171,14 +171,15 @@ def test_what_is_not_such_a_file(
 ):
     with pytest.raises(FileNotFoundError, match=r"nowhere.ckpt is not a file"):
         PerfusionConcept.from_ckpt(tmp_path / "nowhere.ckpt", pipeline, "<my-cat>")
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    with pytest.raises(ValueError, match="broken, or holds more than tensors"):
         read(chendaryen | {"embedding": Code()})
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Code(), protocol=2))
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    with pytest.raises(ValueError, match="broken, or holds more than tensors"):
         PerfusionConcept.from_ckpt(tmp_path / "plain.ckpt", pipeline, "<my-cat>")
     assert "stranger" not in capfd.readouterr().out
     two = lucidrains | {"embed_params": random(2, WIDTH)}
     damaged = [{}, [], {"target_output": {}}, chendaryen | {"target_output": {}}, two]
+    damaged += [chendaryen | {"C_inv": torch.eye(WIDTH + 1)}]
     damaged += [lucidrains | {"key_value_params": lucidrains["key_value_params"][:-1]}]
     for held in damaged:
         with pytest.raises(ValueError, match="is no whole checkpoint of one concept"):

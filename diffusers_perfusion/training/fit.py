@@ -1,6 +1,5 @@
 """`fit`: from a folder of pictures to a concept file."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..families import edited_model, text_encoders
 from ..hub import create_repository, push_concept
 from ..loaders import add_perfusion
 from ..masks import subject_masks
+from ..noise import noise_schedule
 from ..pictures import read_pictures, to_tensor
 from ..text import TextEncoders
 from ..words import Vocabulary
@@ -26,6 +26,7 @@ from .config import FitConfig
 from .data import make_subject
 from .embedding import initial_embeddings
 from .learner import NAME, Learner
+from .loss import snr_weights
 from .selection import Selection
 from .validation import draw, validate
 
@@ -72,6 +73,8 @@ def fit(pipeline: Any, config: FitConfig, accelerator: Accelerator | None = None
     resolution = config.resolution or model.config.sample_size * factor
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
+    # Whether there is such a loss of this model.
+    snr_weights(noise_schedule(pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
     texts = text_encoders(pipeline)
     Vocabulary(texts).add(config.placeholder_token, initial_embeddings(texts, config), config.superclass)
     pictures = read_pictures(
@@ -178,32 +181,16 @@ def _run(
     if accelerator.log_with:
         accelerator.init_trackers("perfusion", {k: str(v) for k, v in config.recipe().items()})
     step, last = start, checkpoint
-    unread: list[tuple[int, Tensor]] = []
     progress = tqdm(
         total=config.max_train_steps, initial=start, desc="Steps", disable=not accelerator.is_local_main_process
     )
-
-    def read_losses() -> None:
-        for number, loss in unread:
-            if not math.isfinite(value := float(loss)):
-                raise RuntimeError(f"the loss of step {number} is {value}; lower the learning rates")
-            progress.set_postfix(loss=f"{value:.4f}")
-            accelerator.log({"loss": value}, step=number)
-        unread.clear()
-
-    # Steps after which something is written, or drawn.
-    stops = [config.checkpointing_steps]
-    stops += [config.selection_steps] if config.select_by else []
-    stops += [config.validation_steps] if config.validation_prompt else []
     try:
         while step < config.max_train_steps:
             loss = learner.step(step)
-            read_losses()  # of the step before, so that an accelerator has the next one to do meanwhile
             step += 1
             progress.update()
-            unread.append((step, loss))
-            if step == config.max_train_steps or any(step % every == 0 for every in stops):
-                read_losses()
+            progress.set_postfix(loss=f"{loss:.4f}")
+            accelerator.log({"loss": loss}, step=step)
             if not accelerator.is_main_process:
                 continue
             # Before the checkpoint, which holds the scores as well.

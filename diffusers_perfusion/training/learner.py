@@ -1,5 +1,6 @@
 """`Learner`: a concept that learns, and what one step of learning is."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +74,10 @@ class Learner:
             num_training_steps=config.max_train_steps + 1,  # or the rate of the last step may be zero
         ).lr_lambdas[0]
         self.optimizer = accelerator.prepare(adam)
-        self._compiled = torch.compile(self.model) if config.torch_compile else self.model
+        self._compiled = self.model
+        if config.torch_compile:
+            torch.compiler.reset()  # what fits before this one compiled counts towards how often torch will do it
+            self._compiled = torch.compile(self.model)
         self._checked = False
 
     @property
@@ -115,14 +119,15 @@ class Learner:
     def _inverse(self, target_input: Tensor) -> Tensor:
         return (self.c_inv @ target_input.to(self.c_inv)).to(target_input)
 
-    def step(self, index: int) -> Tensor:
-        """One optimizer step, and its mean loss over all processes, which nothing here waits for, but in the first.
+    def step(self, index: int) -> float:
+        """One optimizer step, and its mean loss over all processes.
 
         Args:
             index: number of the step, from 0.
 
         Raises:
-            RuntimeError: if the gradients of the first step are all zero or not finite, or others when compiled.
+            RuntimeError: if the gradients of the first step are all zero or not finite, or others when compiled, or a
+                loss is not finite.
         """
         config, accelerator = self.config, self.accelerator
         drawn = self._draw(index)
@@ -130,7 +135,7 @@ class Learner:
         for micro in range(config.gradient_accumulation_steps):
             first = (micro * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
             part = [values[first : first + config.train_batch_size] for values in drawn]
-            if config.torch_compile and not self._checked:
+            if config.torch_compile and not (self._checked or micro):
                 self._check_compiled(part)
             part_loss, part_encoding = self._forward(self._compiled, *part)
             accelerator.backward(part_loss / config.gradient_accumulation_steps)
@@ -145,7 +150,10 @@ class Learner:
         encoding = accelerator.reduce(encoding, "mean")
         self.concept.target_input = EMA_DECAY * self.concept.target_input + (1 - EMA_DECAY) * encoding
         self.concept.inverse_target_input = self._inverse(self.concept.target_input)
-        return accelerator.reduce(loss, "mean")
+        mean = float(accelerator.reduce(loss, "mean"))
+        if not math.isfinite(mean):
+            raise RuntimeError(f"the loss of step {index + 1} is {mean}; lower the learning rates")
+        return mean
 
     def _draw(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pictures, prompts, timesteps and noise of one step, for all processes."""
@@ -170,8 +178,7 @@ class Learner:
         # adds up repeated rows in whatever order threads come, and a fit that goes on would not end in the same bits.
         templates, rows = prompts.unique(return_inverse=True)
         chosen = F.one_hot(rows).float().to(pictures.device)
-        with self._state.words.unheard():
-            encoding = self.texts.encode([ids[templates] for ids in self.prompt_ids])
+        encoding = self.texts.encode([ids[templates] for ids in self.prompt_ids])
         encoding = encoding.map(lambda part: torch.tensordot(chosen, part.to(chosen), dims=1))
         at_word = encoding.inputs[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
         encoding = encoding.map(lambda part: part.to(self.model.dtype))
@@ -189,11 +196,17 @@ class Learner:
 
     def _check_compiled(self, part: list[Tensor]) -> None:
         """See that the compiled model has the gradients of the model itself; some releases of torch lose them."""
-        learning = list(self.parameters.values())
-        # Scaled, or those of half precision may vanish.
-        losses = (2**10 * self._forward(model, *part)[0] for model in (self.model, self._compiled))
-        eager, compiled = (torch.cat(torch.autograd.grad(loss, learning)) for loss in losses)
-        if not (cosine := float(F.cosine_similarity(eager, compiled, dim=0))) > MIN_COSINE:
+        gradients = []
+        for model in (self.model, self._compiled):
+            learning = list(self.parameters.values())
+            # Scaled, or those of half precision may vanish; from nothing, where the graph is lost, come zeros.
+            loss = 2**10 * self._forward(model, *part)[0] + 0 * learning[0].sum()
+            found = torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True)
+            gradients.append(torch.cat(found))
+        eager, compiled = gradients
+        cosine = float(F.cosine_similarity(eager, compiled, dim=0))
+        # What is wrong without compiling is found in any fit.
+        if eager.isfinite().all() and eager.any() and not cosine > MIN_COSINE:
             raise RuntimeError(
                 f"torch.compile gives other gradients than the model itself (their cosine is {cosine:.2f}) in "
                 f"{self.model.dtype}; fit without torch_compile, or with another mixed_precision"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import torch
+from accelerate import PartialState
 from diffusers.utils import logging
 from filelock import FileLock, Timeout
 
@@ -25,7 +26,10 @@ LOCK = ".lock"
 _OF_ALL = ("pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "allow_tf32")
 
 # What launchers tell a process of the others.
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+_LAUNCHED = (
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK PMI_RANK PMI_SIZE OMPI_COMM_WORLD_RANK "
+    "OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE"
+).split()
 
 
 def read_queue(path: str | os.PathLike, settings: Mapping[str, Any]) -> list[FitConfig]:
@@ -38,15 +42,18 @@ def read_queue(path: str | os.PathLike, settings: Mapping[str, Any]) -> list[Fit
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a column is no setting or one of all, a cell or setting is out of range, two have one folder, or
-            there is no line.
+        ValueError: if a column is no setting or one of all, a cell or setting is out of range, two go to one folder or
+            repository, there is no line, or a checkpoint is named, for each goes on from its own.
     """
     kinds = setting_kinds()
     required = [f.name for f in fields(FitConfig) if f.default is MISSING and f.default_factory is MISSING]
     parent = Path(settings.get("output_dir", FitConfig.output_dir))
-    configs: dict[Path, FitConfig] = {}
+    configs: list[FitConfig] = []
+    taken: set[object] = set()
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, skipinitialspace=True)
+        if "resume_from_checkpoint" in {*settings, *(rows.fieldnames or ())}:
+            raise ValueError("resume_from_checkpoint is not for a queue, whose fits go on from their last checkpoints")
         for name in rows.fieldnames or ():
             if name not in kinds or name in _OF_ALL:
                 raise ValueError(
@@ -56,44 +63,55 @@ def read_queue(path: str | os.PathLike, settings: Mapping[str, Any]) -> list[Fit
             try:
                 if None in row or None in row.values():
                     raise ValueError(f"expected {len(rows.fieldnames or ())} cells")
-                own = {name: _parse(kinds[name], cell) for name, cell in row.items() if cell}
+                own = {name: _parse(name, kinds[name], cell.strip()) for name, cell in row.items() if cell.strip()}
                 given = {**settings, **own}
                 if missing := [name for name in required if name not in given]:
                     raise ValueError(f"no {', '.join(missing)}")
-                folder = parent / own.get("output_dir", slug(given["placeholder_token"]))
-                config = FitConfig(**given | {"output_dir": str(folder)})
+                word = given["placeholder_token"]
+                if not (name := own.get("output_dir", slug(word))):
+                    raise ValueError(f"{word} gives no name of a folder; add a column output_dir")
+                config = FitConfig(**given | {"output_dir": str(parent / name)})
             except ValueError as error:
                 raise ValueError(f"line {rows.line_num} of {path}: {error}") from error
-            if folder in configs:
-                raise ValueError(f"line {rows.line_num} of {path}: another concept goes to {folder} already")
-            configs[folder] = config
+            places = [Path(config.output_dir).resolve(), *([config.hub_model_id] if config.hub_model_id else [])]
+            for place in places:
+                if place in taken:
+                    raise ValueError(f"line {rows.line_num} of {path}: another concept goes to {place} already")
+            taken.update(places)
+            configs.append(config)
     if not configs:
         raise ValueError(f"{path} has no line below its first one, which names the columns")
-    return list(configs.values())
+    return configs
 
 
-def _parse(kind: Any, cell: str) -> Any:
+def _parse(name: str, kind: Any, cell: str) -> Any:
     """A cell as its setting's type."""
-    if kind is bool:
-        if cell.lower() not in ("true", "false"):
-            raise ValueError(f"{cell!r} is neither true nor false")
-        return cell.lower() == "true"
     if get_origin(kind) is list:
         return [cell]
-    return cell if get_args(kind) else kind(cell)
+    if get_args(kind):
+        return cell
+    try:
+        return {"true": True, "false": False}[cell.lower()] if kind is bool else kind(cell)
+    except (ValueError, KeyError) as error:
+        expected = "true or false" if kind is bool else f"{kind.__name__}"
+        raise ValueError(f"{name} is {cell!r}; expected {expected}") from error
 
 
-def leave_the_others() -> int:
-    """Make a launched process one of its own, with its own device, before it has an `Accelerator`; returns its number.
+def _leave_the_others() -> None:
+    """Make a launched process one of its own, with its own device.
 
     Fits of a queue are of one process each, and processes share nothing but the queue.
+
+    Raises:
+        RuntimeError: if accelerate has joined them already.
     """
     number = int(os.environ.get("LOCAL_RANK", 0))
     for name in _LAUNCHED:
         os.environ.pop(name, None)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number)
-    return number
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(number % torch.accelerator.device_count())
+    if PartialState(cpu=not torch.accelerator.is_available()).num_processes > 1:
+        raise RuntimeError("accelerate has joined the processes already; call fit_many before there is an Accelerator")
 
 
 def fit_many(pipeline: Any, configs: Sequence[FitConfig]) -> None:
@@ -108,8 +126,10 @@ def fit_many(pipeline: Any, configs: Sequence[FitConfig]) -> None:
         configs: of the fits; each with another `output_dir`.
 
     Raises:
-        RuntimeError: if some could not be fitted, when all others are.
+        RuntimeError: if some could not be fitted or shared, when all others are, or if accelerate has joined the
+            processes already.
     """
+    _leave_the_others()
     errors: dict[str, str] = {}
     for config in configs:
         folder = Path(config.output_dir)
@@ -117,7 +137,7 @@ def fit_many(pipeline: Any, configs: Sequence[FitConfig]) -> None:
         try:
             with FileLock(folder / LOCK, timeout=0):
                 if (folder / WEIGHT_NAME).is_file():
-                    logger.info(f"{folder / WEIGHT_NAME} is there already.")
+                    logger.warning(f"{folder / WEIGHT_NAME} is there already, and is left as it is.")
                 else:
                     latest = "latest" if list_checkpoints(folder) else None
                     fit(pipeline, replace(config, resume_from_checkpoint=latest))
@@ -126,10 +146,10 @@ def fit_many(pipeline: Any, configs: Sequence[FitConfig]) -> None:
         except (ValueError, OSError, RuntimeError) as error:
             errors[config.output_dir] = " ".join(str(error).split())
             logger.error(f"{folder}: {errors[config.output_dir]}")
-    missing = []
     for config in configs:
         with FileLock(Path(config.output_dir) / LOCK):
             if not (Path(config.output_dir) / WEIGHT_NAME).is_file():
-                missing.append(f"{config.output_dir} ({errors.get(config.output_dir, 'failed in another process')})")
-    if missing:
-        raise RuntimeError(f"{len(missing)} of {len(configs)} concepts could not be fitted: {'; '.join(missing)}")
+                errors.setdefault(config.output_dir, "failed in another process")
+    if errors:
+        listed = "; ".join(f"{folder} ({error})" for folder, error in errors.items())
+        raise RuntimeError(f"{len(errors)} of {len(configs)} concepts could not be fitted or shared: {listed}")

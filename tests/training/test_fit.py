@@ -45,9 +45,8 @@ def losses(monkeypatch):
     found, step = [], Learner.step
 
     def recording(self, index):
-        loss = step(self, index)
-        found.append(float(loss))
-        return loss
+        found.append(step(self, index))
+        return found[-1]
 
     monkeypatch.setattr(Learner, "step", recording)
     return found
@@ -325,15 +324,6 @@ def test_validation_draws_and_disturbs_nothing(run, fit_settings, monkeypatch, t
     sheets = [np.asarray(Image.open(output / "validation" / f"step-00000{step}.png")) for step in (2, 4)]
     assert sheets[0].shape == (16, 32, 3)
     assert not np.array_equal(*sheets)
-
-
-def test_a_loss_that_is_not_finite_is_an_error_before_anything_is_written(run, fit_settings, monkeypatch):
-    step = Learner.step
-    monkeypatch.setattr(Learner, "step", lambda self, index: step(self, index) * (torch.nan if index == 1 else 1))
-    for every in (2, 5):
-        with pytest.raises(RuntimeError, match="the loss of step 2 is nan; lower the learning rates"):
-            run(checkpointing_steps=every)
-    assert checkpoints(fit_settings["output_dir"]) == []
 
 
 def test_trackers_get_losses_and_pictures(run, monkeypatch, losses):

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from conftest import random_concept
 from filelock import FileLock
 
 from diffusers_perfusion.training import FitConfig, fit, fit_many
-from diffusers_perfusion.training.queue import LOCK, leave_the_others, read_queue
+from diffusers_perfusion.training.queue import LOCK, _leave_the_others, read_queue
 
 FILE = "perfusion.safetensors"
 
@@ -78,9 +79,19 @@ def test_columns_may_name_folders_and_prompts(table):
             ["placeholder_token,instance_data_dir", "<a>,x", "a,x"],
             r"line 3 .* another concept goes to .*a already",
         ),
-        (["placeholder_token,instance_data_dir,seed", "<a>,x,one"], r"line 2 of .*: invalid literal"),
-        (["placeholder_token,instance_data_dir,random_flip", "<a>,x,1"], r"line 2 of .*: '1' is neither true nor"),
+        (["placeholder_token,instance_data_dir,seed", "<a>,x,one"], r"line 2 of .*: seed is 'one'; expected int"),
+        (
+            ["placeholder_token,instance_data_dir,random_flip", "<a>,x,1"],
+            r"line 2 of .*: random_flip is '1'; expected true",
+        ),
         (["placeholder_token,instance_data_dir,seed", "<a>,x,-1"], r"line 2 of .*: seed is -1"),
+        (["placeholder_token,instance_data_dir", "<*>,x"], r"line 2 of .*: <\*> gives no name of a folder"),
+        (
+            ["placeholder_token,output_dir,instance_data_dir", "<a>,a,x", "<b>,b/../a,x"],
+            r"line 3 .* goes to .*a already",
+        ),
+        (["placeholder_token,hub_model_id,instance_data_dir", "<a>,m,x", "<b>,m,x"], r"line 3 .* goes to m already"),
+        (["placeholder_token,resume_from_checkpoint", "<a>,latest"], r"resume_from_checkpoint is not for a queue"),
         (["placeholder_token"], r"has no line below its first one"),
         ([""], r"has no line below its first one"),
     ],
@@ -129,7 +140,9 @@ def test_fits_of_a_queue_are_those_done_alone_even_if_it_is_killed(pipeline, con
 
 def test_one_that_fails_does_not_keep_the_others(pipeline, configs, stop, caplog):
     stop(1, RuntimeError("the loss of step 2 is nan"))
-    with pytest.raises(RuntimeError, match=r"1 of 2 concepts could not be fitted: .*my-cat \(the loss of step 2 is"):
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 concepts could not be fitted or shared: .*my-cat \(the loss of step 2 is"
+    ):
         fit_many(pipeline, configs)
     assert [path.exists() for path in files(configs)] == [False, True]
     assert "the loss of step 2 is nan" in caplog.text
@@ -168,11 +181,13 @@ def test_what_another_process_is_at_is_left_to_it_and_waited_for(pipeline, confi
     assert errors == [] if succeeds else "failed in another process" in errors[0]
 
 
-def test_a_launched_process_stands_alone(monkeypatch):
+def test_a_launched_process_stands_alone(monkeypatch, fresh_accelerate):
     monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1", "RANK": "5", "WORLD_SIZE": "8", "HOME": "here"})
-    assert leave_the_others() == 1
+    _leave_the_others()
     assert os.environ == {"HOME": "here"}
-    assert leave_the_others() == 0
+    monkeypatch.setattr(PartialState, "num_processes", 8)
+    with pytest.raises(RuntimeError, match="accelerate has joined the processes already"):
+        _leave_the_others()
 
 
 def test_processes_share_a_queue(pipeline, configs, table, fit_settings, model_folder, environment, tmp_path):
