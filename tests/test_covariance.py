@@ -141,14 +141,20 @@ def test_a_damaged_cache_file_is_computed_again(text, captions_file, hugging_fac
     assert torch.equal(load_covariance(path), first)
 
 
-def test_a_crash_leaves_nothing_in_the_cache(text, captions_file, hugging_face_home, monkeypatch):
+def test_a_crash_leaves_nothing_but_the_lock_in_the_cache(text, captions_file, hugging_face_home, monkeypatch):
     def crash(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="disk full"):
         cached_covariance(text, captions_file)
-    assert [path for path in hugging_face_home.rglob("*") if path.is_file()] == []
+    assert [path for path in hugging_face_home.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_what_is_kept_is_read_where_nothing_can_be_written(text, captions_file, monkeypatch):
+    first = cached_covariance(text, captions_file)
+    monkeypatch.setattr("diffusers_perfusion.covariance.FileLock", None)
+    assert torch.equal(cached_covariance(text, captions_file), first)
 
 
 def test_matrices_of_other_people_are_read(covariance, tmp_path):
