@@ -185,7 +185,7 @@ def test_a_launched_process_stands_alone(monkeypatch, fresh_accelerate):
     monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1", "RANK": "5", "WORLD_SIZE": "8", "HOME": "here"})
     _leave_the_others()
     assert os.environ == {"HOME": "here"}
-    monkeypatch.setattr(PartialState, "num_processes", 8, raising=False)
+    PartialState(cpu=True).num_processes = 8  # which all its instances share
     with pytest.raises(RuntimeError, match="accelerate has joined the processes already"):
         _leave_the_others()
 
