@@ -224,6 +224,8 @@ def test_a_concept_in_a_pipeline(parts, family, generate, name, locking):
     edited = draw()
     assert torch.equal(edited.chunk(2)[1], plain)
     assert all((one - other).abs().max() > 1e-3 for one, other in zip(edited.chunk(2)[0], with_word, strict=True))
+    with pipe.set_perfusion(bias=0.1, temperature=1.0):  # the edit, and not the word alone
+        assert all((one - other).abs().max() > 1e-4 for one, other in zip(draw(), edited.chunk(2)[0], strict=False))
     pipe.disable_perfusion()
     assert torch.equal(draw(), before)
     pipe.enable_perfusion()

@@ -16,6 +16,11 @@ def test_a_diffusion_keeps_its_settings():
     assert (schedule.config.prediction_type, schedule.config.beta_schedule) == ("v_prediction", "scaled_linear")
 
 
+def test_a_model_that_predicts_something_else_is_refused():
+    with pytest.raises(ValueError, match="of a model that predicts 'trigflow'; expected epsilon"):
+        noise_schedule(DDIMScheduler(prediction_type="trigflow"))
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

@@ -93,7 +93,7 @@ def _parse(name: str, kind: Any, cell: str) -> Any:
     try:
         return {"true": True, "false": False}[cell.lower()] if kind is bool else kind(cell)
     except (ValueError, KeyError) as error:
-        expected = "true or false" if kind is bool else f"{kind.__name__}"
+        expected = "true or false" if kind is bool else kind.__name__
         raise ValueError(f"{name} is {cell!r}; expected {expected}") from error
 
 

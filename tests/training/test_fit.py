@@ -326,6 +326,11 @@ def test_validation_draws_and_disturbs_nothing(run, fit_settings, monkeypatch, t
     assert not np.array_equal(*sheets)
 
 
+def test_weights_that_a_flow_has_not_are_refused_before_long_work(sana_pipeline, fit_settings, no_long_work):
+    with pytest.raises(ValueError, match=r"snr_gamma is 5.0, but this model predicts a flow"):
+        fit(sana_pipeline, FitConfig(**fit_settings | {"snr_gamma": 5.0}))
+
+
 def test_trackers_get_losses_and_pictures(run, monkeypatch, losses):
     monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
     album = Album()

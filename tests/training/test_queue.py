@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +136,15 @@ def test_fits_of_a_queue_are_those_done_alone_even_if_it_is_killed(pipeline, con
     times = [path.stat().st_mtime_ns for path in files(configs)]
     fit_many(pipeline, configs)
     assert [path.stat().st_mtime_ns for path in files(configs)] == times
+
+
+def test_a_model_that_an_earlier_fit_has_rounded_learns_the_same(pipeline, configs):
+    config = replace(configs[0], mask="attention", mixed_precision="bf16")
+    written = []
+    for _ in range(2):
+        fit(pipeline, config)
+        written.append(files([config])[0].read_bytes())
+    assert written[0] == written[1]
 
 
 def test_one_that_fails_does_not_keep_the_others(pipeline, configs, stop, caplog):
