@@ -134,3 +134,12 @@ def test_a_prompt_asks_for_one_place_and_perhaps_a_companion(prompt):
         assert own == prompt.format("mug") and own not in others
         assert len({*others}) == len(others) >= 6
         assert all("  " not in other and "mug" in other for other in others)
+
+
+def test_steps_to_an_identity_are_between_those_of_two_points():
+    points = [{"steps": 10}, {"steps": 20}, {"steps": 40}, {"steps": 80}]
+    means = np.array([[0.3, 0.8], [0.4, 0.7], [0.35, 0.72], [0.6, 0.5]])
+    assert fronts.steps_to(points, means, 0.35) == pytest.approx((15, 0.75))
+    assert fronts.steps_to(points, means, 0.5) == pytest.approx((60, 0.61))
+    assert fronts.steps_to(points, means, 0.2) == pytest.approx((10, 0.8))
+    assert np.isnan(fronts.steps_to(points, means, 0.7)).all()

@@ -119,6 +119,19 @@ def advantage(front, other, point, measure=1, resamples=RESAMPLES):
     return float(difference(np.arange(count))), interval(resampled)
 
 
+def steps_to(points, means, identity):
+    """After how many steps a method has an identity, between its points on a line, and its text alignment then.
+
+    NaN for both if it never has it; if its first point is above, that point's.
+    """
+    steps = np.array([point["steps"] for point in points], dtype=float)
+    best = np.maximum.accumulate(means[:, 0])
+    if identity > best[-1]:
+        return np.nan, np.nan
+    after = np.interp(identity, best, steps)
+    return after, np.interp(after, steps, means[:, 1])
+
+
 def score_all(output_dir, names, icons, clip, identity):
     """Fronts of those variants that have been run on all things."""
     fronts = {}

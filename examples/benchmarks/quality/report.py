@@ -8,13 +8,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fronts import RESAMPLES, advantage, interval, read_pictures, score_all
+from fronts import RESAMPLES, advantage, interval, read_pictures, score_all, steps_to
 from matplotlib.figure import Figure
 from subjects import POCKET, PROMPTS, Subject
 from variants import ICONS, PANELS
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 from diffusers_perfusion.evaluation.sheets import draw_sheet
+
+# Of the table of steps.
+IDENTITIES = (0.42, 0.44, 0.46, 0.48, 0.5)
 
 # Rows of the sheets: what to call them, the variant, and the number of its point.
 SHEET = (
@@ -76,6 +79,19 @@ def advantage_table(fronts, name):
     return "\n".join(lines) + "\n"
 
 
+def steps_table(fronts):
+    """After how many steps, from its first point on, each variant has an identity, and its text alignment then."""
+    lines = [
+        f"| steps (text alignment) to an identity of | {' | '.join(fronts)} |",
+        f"|---|{'---|' * len(fronts)}",
+    ]
+    for identity in IDENTITIES:
+        reached = [steps_to(front.points, front.means, identity) for front in fronts.values()]
+        cells = ["not in time" if np.isnan(steps) else f"{steps:.0f} ({text:.3f})" for steps, text in reached]
+        lines.append(f"| {identity} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(fronts):
     """Identity against text alignment."""
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -116,6 +132,8 @@ def main(args=None):
     report = points_table(fronts)
     if "perfusion" in fronts:
         report += "\n" + advantage_table(fronts, "perfusion")
+    if arguments.panel == "early":
+        report += "\n" + steps_table(fronts)
     print(report)
     if arguments.report_dir:
         arguments.report_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What is compared: Perfusion, its rivals with a grid of their settings, and Perfusion with one thing changed."""
 
+import math
 import shutil
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -176,15 +177,16 @@ class Perfusion:
 
 
 STEPS = (50, 150, 250)
+EARLY = (10, 20, 30, 50, 75, 100)
 
 
-def grid(method, rates, masked=False, **options):
+def grid(method, rates, masked=False, save_at=STEPS, **options):
     """A method at each of some learning rates, after each of some steps."""
     name = f"{method}{options.get('rank', '')}" + ("-masked" if masked else "")
-    return [Rival(f"{name}-{rate:g}", method, rate, STEPS, options=options, masked=masked) for rate in rates]
+    return [Rival(f"{name}-{rate:g}", method, rate, save_at, options=options, masked=masked) for rate in rates]
 
 
-def perfusion_grid(rates):
+def perfusion_grid(rates, save_at=STEPS, biases=(1.0, 1.3)):
     """Perfusion at pairs of learning rates, of the target outputs and of the word embedding."""
     return [
         Perfusion(
@@ -192,9 +194,11 @@ def perfusion_grid(rates):
             {
                 "value_learning_rate": value,
                 "embedding_learning_rate": embedding,
-                "max_train_steps": max(STEPS),
+                "max_train_steps": max(save_at),
+                "checkpointing_steps": math.gcd(*save_at),
             },
-            save_at=STEPS,
+            save_at=save_at,
+            biases=biases,
         )
         for value, embedding in rates
     ]
@@ -215,7 +219,7 @@ def lora_on(name, rate, changes):
 
 
 # The things of each panel.
-ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST}
+ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST, "early": TEST}
 
 PANELS = {
     "tuning": [
@@ -262,5 +266,9 @@ PANELS = {
         Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
         Rival("custom diffusion", "custom_diffusion", 3e-4, (50, 150, 250)),
         Rival("lora16", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 16}),
+    ],
+    "early": [
+        *perfusion_grid([(0.03, 0.003), (0.03, 0.01), (0.03, 0.02)], EARLY, (1.0,)),
+        *grid("lora", (1e-3, 3e-3), save_at=EARLY, rank=4),
     ],
 }
