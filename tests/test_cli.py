@@ -10,7 +10,7 @@ from conftest import make_pixart
 from diffusers import PixArtSigmaPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from diffusers_perfusion import PerfusionConcept, cli
+from diffusers_perfusion import PerfusionConcept
 from diffusers_perfusion.cli import main
 from diffusers_perfusion.evaluation import Judge, Scores, Sweep
 from diffusers_perfusion.training import FitConfig
@@ -301,7 +301,7 @@ def test_what_is_pushed_can_have_a_sweep(sweep_arguments, concepts, monkeypatch,
 
 
 def test_info_needs_no_model(concepts, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "DiffusionPipeline", None)
+    monkeypatch.setattr("diffusers_perfusion.cli.common.DiffusionPipeline", None)
     path = Path(concepts[0])
     concept = PerfusionConcept.load(path)
     concept.training = {"steps": 42}
