@@ -19,7 +19,8 @@ def _unconditioned(model: Any, encoding: PromptEncoding, resolution: int) -> dic
 def _text_and_sizes(model: Any, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
     """The pooled prompt, and that the picture is whole and of the size it is drawn in."""
     pooled: Any = encoding.pooled
-    sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).to(pooled)
+    sizes = pooled.new_full((6,), resolution)
+    sizes[2:4] = 0
     return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}}
 
 

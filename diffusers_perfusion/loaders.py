@@ -22,7 +22,7 @@ from .families import edited_model, text_encoders
 from .hub import find_concept_file, push_concept
 from .state import LoadedConcept, Locking, PerfusionState
 from .text import TextEncoders
-from .words import Vocabulary
+from .vocabulary import Vocabulary
 
 logger = logging.get_logger(__name__)
 

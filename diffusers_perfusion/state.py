@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .concept import PerfusionConcept
 from .editing import ParallelConceptsError, gates
-from .words import Vocabulary
+from .vocabulary import Vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -169,7 +169,7 @@ class PerfusionState:
     def _project(self, encodings: Tensor) -> Tensor:
         """What the layers get for some encodings."""
         for part in self.projection:
-            encodings = part.forward(encodings)  # past the hooks on it, one of which has called this
+            encodings = part(encodings)
         return encodings
 
     def _make_edit(self, states: Tensor, words: Sequence[tuple[str, ...]]) -> Edit | None:
@@ -189,18 +189,21 @@ class PerfusionState:
         for entry in entries:
             if entry.concept.target_input.device != encodings.device:
                 entry.concept = entry.concept.to(encodings.device)
+            entry.bias, entry.temperature = entry.bias.to(encodings.device), entry.temperature.to(encodings.device)
         target_input = torch.stack([entry.concept.target_input.float() for entry in entries])
         inverse = torch.stack([entry.concept.inverse_target_input.float() for entry in entries])
-        bias = torch.stack([entry.bias for entry in entries]).to(encodings.device)
-        temperature = torch.stack([entry.temperature for entry in entries]).to(encodings.device)
+        bias = torch.stack([entry.bias for entry in entries])
+        temperature = torch.stack([entry.temperature for entry in entries])
 
         dtype = torch.promote_types(encodings.dtype, torch.float32)
         coef = torch.zeros((*encodings.shape[:2], len(order)), dtype=dtype, device=encodings.device)
         gate = torch.zeros_like(coef)
         for names, rows in rows_of.items():
-            j = torch.tensor([order.index(name) for name in names], device=encodings.device)
+            # Not as an index if it is all, for an accelerator is waited for until it has that.
+            at = slice(None) if len(rows) == len(encodings) else rows
+            j = slice(None) if len(names) == len(order) else [order.index(name) for name in names]
             try:
-                row_coef, row_gate = gates(encodings[rows], target_input[j], inverse[j], bias[j], temperature[j])
+                found = gates(encodings[at], target_input[j], inverse[j], bias[j], temperature[j])
             except ParallelConceptsError as error:
                 first, second = (names[k] for k in error.pair)
                 raise ValueError(
@@ -208,13 +211,10 @@ class PerfusionState:
                     f"{error.cosine:.4f}), so they cannot be told apart in one prompt; use one of them, or fit one "
                     "anew with another super-category"
                 ) from error
-            index = torch.meshgrid(
-                torch.tensor(rows, device=encodings.device),
-                torch.arange(encodings.shape[1], device=encodings.device),
-                j,
-                indexing="ij",
-            )
-            coef[index], gate[index] = row_coef, row_gate
+            for whole, part in zip((coef, gate), found, strict=True):
+                of_rows = whole[at]
+                of_rows[..., j] = part
+                whole[at] = of_rows
         return Edit(
             concepts=tuple(entry.concept for entry in entries),
             target_input=target_input,

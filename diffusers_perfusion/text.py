@@ -92,7 +92,9 @@ class TextEncoders:
         outputs, mask = [], None
         for tokenizer, model, ids in zip(self.tokenizers, self.models, input_ids, strict=True):
             ids = ids.to(embedding_table(model).device)
-            ids = torch.cat([ids[:, :1], self._instruction.to(ids).expand(len(ids), -1), ids[:, 1:]], 1)
+            if len(self._instruction):
+                self._instruction = self._instruction.to(ids.device)
+                ids = torch.cat([ids[:, :1], self._instruction.expand(len(ids), -1), ids[:, 1:]], 1)
             mask = ids.ne(tokenizer.pad_token_id).to(ids) if self.masked else None
             outputs.append(model(ids, attention_mask=mask, output_hidden_states=self.layer is not None))
         states = self._cut(torch.cat([states_of(output, self.layer) for output in outputs], -1))

@@ -417,6 +417,8 @@ def test_a_concept_beside(pipe, family, generate, name, locking, first):
     edited = generate(PROMPTS, pipe, **arguments)
     assert torch.equal(edited[1], off[1])
     assert effect(edited[0], off[0]) > 1e-3
+    with pipe.set_perfusion(bias=0.1, temperature=1.0):  # the edit, and not the word alone
+        assert effect(generate(PROMPTS, pipe, **arguments)[0], edited[0]) > 1e-4
     pipe.disable_perfusion()
     assert torch.equal(generate(PROMPTS, pipe, **arguments), off)
     pipe.enable_perfusion()

@@ -8,7 +8,7 @@ import torch
 from diffusers_perfusion.editing import gates
 from diffusers_perfusion.state import LoadedConcept, PerfusionState
 from diffusers_perfusion.text import TextEncoders
-from diffusers_perfusion.words import Vocabulary
+from diffusers_perfusion.vocabulary import Vocabulary
 
 LENGTH, WIDTH = 24, 32
 

@@ -7,9 +7,8 @@ import torch
 from tokenizers import AddedToken
 from transformers import CLIPTextModel
 
-from diffusers_perfusion.families import text_encoders
 from diffusers_perfusion.text import embedding_table, tokenize
-from diffusers_perfusion.words import ConceptWords, Vocabulary, _copy
+from diffusers_perfusion.words import ConceptWords, _copy
 
 PROMPTS = ["a cat on the beach", "A Dog, in <my-cat>'s picture!", "", "the <My-Cat> and <my-bear> <my-cat>"]
 
@@ -424,11 +423,6 @@ def test_a_tokenizer_with_words_is_the_same_otherwise(request, name):
 # Two text encoders
 
 
-@pytest.fixture
-def vocabulary(xl_pipeline):
-    return Vocabulary(text_encoders(xl_pipeline))
-
-
 def test_the_end_of_a_prompt_stays_where_it_is(xl_components):
     """The second encoder takes the highest id for the end, and a concept word's would be higher."""
     tokenizer, model = xl_components["tokenizer_2"], xl_components["text_encoder_2"]
@@ -499,28 +493,3 @@ def test_a_text_encoder_that_does_not_look_up_words_is_an_error(words):
     encode_prompts(words, "a cat")
     with pytest.raises(RuntimeError, match="CLIPTextModel encodes a prompt without looking up"):
         encode_prompts(words, "a <my-cat>")
-
-
-def test_a_word_is_taught_to_all_or_none(vocabulary, xl_components):
-    tokenizers = xl_components["tokenizer"], xl_components["tokenizer_2"]
-    lengths = [len(tokenizer) for tokenizer in tokenizers]
-    vocabulary.enable()
-    for embeddings, match in (
-        ([vector(0)], "has 1 word embeddings, but this pipeline has 2 text encoders"),
-        ([vector(0), vector(1)], "has 32 numbers, but those of this text encoder .* have 24"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            vocabulary.add("<my-cat>", embeddings, "cat")
-    vocabulary.add("<my-cat>", [vector(0), vector(1, 24)], "cat")
-    vocabulary.enable()
-    assert [len(tokenizer) for tokenizer in tokenizers] == [length + 1 for length in lengths]
-    tokenizers[1].add_tokens(["<other>"])
-    for change in (
-        lambda: vocabulary.remove("<my-cat>"),
-        lambda: vocabulary.add("<my-dog>", [vector(0), vector(1, 24)], "dog"),
-        vocabulary.disable,
-    ):
-        with pytest.raises(ValueError, match="the tokens <other> were added"):
-            change()
-        assert all(len(tokenizer("<my-cat>", add_special_tokens=False).input_ids) == 1 for tokenizer in tokenizers)
-    assert all(len(tokenizer.tokenize("<my-dog>")) > 1 for tokenizer in tokenizers)

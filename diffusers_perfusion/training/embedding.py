@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..text import TEMPLATES, TextEncoders, initial_word_embeddings
-from ..words import Vocabulary
+from ..vocabulary import Vocabulary
 from .config import FitConfig
 
 # Names of the embeddings for the two text encoders of SDXL, in their order.

@@ -1,5 +1,6 @@
 """`fit`: from a folder of pictures to a concept file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..masks import subject_masks
 from ..noise import noise_schedule
 from ..pictures import read_pictures, to_tensor
 from ..text import TextEncoders
-from ..words import Vocabulary
+from ..vocabulary import Vocabulary
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import FitConfig
 from .data import make_subject
@@ -31,6 +32,9 @@ from .selection import Selection
 from .validation import draw, validate
 
 logger = logging.get_logger(__name__)
+
+# Steps whose losses are read at once: to read one is to wait for the accelerator.
+READ_STEPS = 10
 
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -181,16 +185,24 @@ def _run(
     if accelerator.log_with:
         accelerator.init_trackers("perfusion", {k: str(v) for k, v in config.recipe().items()})
     step, last = start, checkpoint
+    # Before anything is made of what was learned, see that it is finite.
+    ends = (READ_STEPS, config.checkpointing_steps, config.selection_steps, config.validation_steps)
+    unread: list[Tensor] = []
     progress = tqdm(
         total=config.max_train_steps, initial=start, desc="Steps", disable=not accelerator.is_local_main_process
     )
     try:
         while step < config.max_train_steps:
-            loss = learner.step(step)
+            unread.append(learner.step(step))
             step += 1
             progress.update()
-            progress.set_postfix(loss=f"{loss:.4f}")
-            accelerator.log({"loss": loss}, step=step)
+            if step == config.max_train_steps or any(step % end == 0 for end in ends):
+                for number, loss in enumerate(torch.stack(unread).tolist(), step - len(unread) + 1):
+                    if not math.isfinite(loss):
+                        raise RuntimeError(f"the loss of step {number} is {loss}; lower the learning rates")
+                    accelerator.log({"loss": loss}, step=number)
+                unread = []
+                progress.set_postfix(loss=f"{loss:.4f}")
             if not accelerator.is_main_process:
                 continue
             # Before the checkpoint, which holds the scores as well.

@@ -1,6 +1,5 @@
 """`Learner`: a concept that learns, and what one step of learning is."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -53,8 +52,9 @@ class Learner:
         self.scheduler = noise_schedule(pipeline.scheduler)
         self.texts, self.family, self.model = text_encoders(pipeline), family_of(pipeline), edited_model(pipeline)
         self.concept = self._start()
-        self.prompt_ids = self.texts.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])
-        self.word_at = self._state.words.positions(self.prompt_ids, config.placeholder_token)
+        prompt_ids = self.texts.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])
+        self.word_at = self._state.words.positions(prompt_ids, config.placeholder_token).to(accelerator.device)
+        self.prompt_ids = [ids.to(accelerator.device) for ids in prompt_ids]
 
         outputs = self.concept.target_outputs
         names = ("word_embedding", "word_embedding_2")
@@ -119,15 +119,17 @@ class Learner:
     def _inverse(self, target_input: Tensor) -> Tensor:
         return (self.c_inv @ target_input.to(self.c_inv)).to(target_input)
 
-    def step(self, index: int) -> float:
-        """One optimizer step, and its mean loss over all processes.
+    def step(self, index: int) -> Tensor:
+        """One optimizer step, and its mean loss over all processes, 0-dim.
+
+        After the first it does not wait for the accelerator, which has the next step's work before this one is done;
+        to read the loss is to wait. (With a gradient scaler, for fp16, accelerate waits once a step.)
 
         Args:
             index: number of the step, from 0.
 
         Raises:
-            RuntimeError: if the gradients of the first step are all zero or not finite, or others when compiled, or a
-                loss is not finite.
+            RuntimeError: if the gradients of the first step are all zero or not finite, or others when compiled.
         """
         config, accelerator = self.config, self.accelerator
         drawn = self._draw(index)
@@ -150,10 +152,7 @@ class Learner:
         encoding = accelerator.reduce(encoding, "mean")
         self.concept.target_input = EMA_DECAY * self.concept.target_input + (1 - EMA_DECAY) * encoding
         self.concept.inverse_target_input = self._inverse(self.concept.target_input)
-        mean = float(accelerator.reduce(loss, "mean"))
-        if not math.isfinite(mean):
-            raise RuntimeError(f"the loss of step {index + 1} is {mean}; lower the learning rates")
-        return mean
+        return accelerator.reduce(loss, "mean")
 
     def _draw(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pictures, prompts, timesteps and noise of one step, for all processes."""
@@ -173,14 +172,18 @@ class Learner:
 
         `model` is the learner's, or what it was compiled to; what was drawn is on the CPU.
         """
-        pictures, timesteps, noise = (drawn.to(self.accelerator.device) for drawn in (pictures, timesteps, noise))
         # Each template is encoded once. Its rows are chosen by a product with ones and zeros: the backward of indexing
         # adds up repeated rows in whatever order threads come, and a fit that goes on would not end in the same bits.
         templates, rows = prompts.unique(return_inverse=True)
-        chosen = F.one_hot(rows).float().to(pictures.device)
-        encoding = self.texts.encode([ids[templates] for ids in self.prompt_ids])
+        device = self.accelerator.device
+        pictures, prompts, templates, chosen, timesteps, noise = (
+            _upload(drawn, device)
+            for drawn in (pictures, prompts, templates, F.one_hot(rows).float(), timesteps, noise)
+        )
+        with self._state.words.unheard():  # which words there are is known here
+            encoding = self.texts.encode([ids[templates] for ids in self.prompt_ids])
         encoding = encoding.map(lambda part: torch.tensordot(chosen, part.to(chosen), dims=1))
-        at_word = encoding.inputs[torch.arange(len(prompts)), self.word_at[prompts]].detach().mean(0)
+        at_word = encoding.inputs[torch.arange(len(prompts), device=device), self.word_at[prompts]].detach().mean(0)
         encoding = encoding.map(lambda part: part.to(self.model.dtype))
         self._state.prepare(encoding.states, [(self.config.placeholder_token,)] * len(prompts))
         latents = self.subject.latents[pictures]
@@ -276,3 +279,11 @@ class Learner:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the checkpoint is of another concept or model: {error}") from error
         self.concept.inverse_target_input = self._inverse(self.concept.target_input)
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting until it is there."""
+    # From memory that is not pinned an accelerator may be waited for; Apple's may read what has gone meanwhile.
+    if device.type in ("cpu", "mps"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

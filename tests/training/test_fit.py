@@ -45,8 +45,9 @@ def losses(monkeypatch):
     found, step = [], Learner.step
 
     def recording(self, index):
-        found.append(step(self, index))
-        return found[-1]
+        loss = step(self, index)
+        found.append(loss.item())
+        return loss
 
     monkeypatch.setattr(Learner, "step", recording)
     return found
@@ -338,6 +339,31 @@ def test_trackers_get_losses_and_pictures(run, monkeypatch, losses):
     run(Accelerator(log_with=album), validation_prompt=prompts, validation_steps=2, num_validation_images=1)
     assert album.numbers == [(step, {"loss": loss}) for step, loss in enumerate(losses, start=1)]
     assert [(step, list(values)) for step, values, _ in album.pictures] == [(2, prompts), (4, prompts)]
+
+
+def test_a_loss_that_is_not_finite_is_an_error_before_anything_is_made_of_it(run, monkeypatch, fit_settings):
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, index: step(self, index) / (index != 2))
+    with pytest.raises(RuntimeError, match="the loss of step 3 is inf; lower the learning rates"):
+        run(max_train_steps=8, checkpointing_steps=2)
+    assert [path.name for path in Path(fit_settings["output_dir"]).glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_the_vae_sees_each_picture_once(run, pipeline):
+    seen = []
+    pipeline.vae.encoder.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    run(max_train_steps=5)
+    assert seen == [1] * 6  # three pictures, and those mirrored
+
+
+def test_losses_are_read_several_at_once(run, monkeypatch):
+    events, step = [], Learner.step
+    monkeypatch.setattr(sys.modules[fit.__module__], "READ_STEPS", 3)
+    monkeypatch.setattr(Learner, "step", lambda self, index: events.append("step") or step(self, index))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: events.append(step))
+    run(max_train_steps=8, checkpointing_steps=7)
+    three = ["step"] * 3
+    assert events == [*three, 1, 2, 3, *three, 4, 5, 6, "step", 7, "step", 8]
 
 
 # The pipeline afterwards

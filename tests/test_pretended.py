@@ -1,0 +1,71 @@
+"""The command line on an accelerator, which `pretended.py` pretends to be one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import random_concept
+from PIL import Image
+
+from diffusers_perfusion import PerfusionConcept
+from diffusers_perfusion.cli import main
+
+SCRIPT = Path(__file__).parent / "pretended.py"
+
+
+def flags(settings):
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def accelerated(environment, tmp_path):
+    """Run the command line there; gives what each step of a fit waited for."""
+    del environment["ACCELERATE_USE_CPU"]
+
+    def run(*argv):
+        report = tmp_path / "report.json"
+        command = [sys.executable, str(SCRIPT), str(report), *argv]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(report.read_text())
+        assert found["tensors"] > 100
+        return found["steps"]
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["pipeline", "xl_pipeline", "pixart_pipeline", "sana_pipeline"])
+def test_a_fit_waits_for_nothing_and_learns_the_same(request, accelerated, fit_settings, family, tmp_path):
+    request.getfixturevalue(family).save_pretrained(tmp_path / "model")
+    settings = fit_settings | {"pretrained_model_name_or_path": tmp_path / "model", "mask": "attention"}
+    first, *others = accelerated("fit", *flags(settings | {"output_dir": tmp_path / "there"}))
+    assert first  # its gradients are looked at
+    theirs = str(Path(transformers.__file__).parent)
+    assert [[wait for wait in waits if not wait.startswith(theirs)] for waits in others] == [[]] * 3
+    assert main(["fit", *flags(settings | {"output_dir": tmp_path / "here"})]) == 0
+    here, there = (PerfusionConcept.load(tmp_path / name / "perfusion.safetensors") for name in ("here", "there"))
+    assert torch.equal(here.target_input, there.target_input)
+    for layer, output in here.target_outputs.items():
+        assert torch.equal(output, there.target_outputs[layer])
+
+
+@pytest.mark.parametrize("locking", ["local", "global"])
+def test_pictures_are_those_of_the_cpu(accelerated, model_folder, pipeline, locking, tmp_path):
+    random_concept(pipeline, "<my-cat>", seed=1).save(tmp_path / "cat.safetensors")
+    random_concept(pipeline, "<my-dog>", seed=2).save(tmp_path / "dog.safetensors")
+    settings = {"pretrained_model_name_or_path": model_folder, "num_inference_steps": 2, "locking": locking}
+    command = ["generate", *flags(settings), "--prompt", "a <my-cat> and a <my-dog>", "--prompt", "a <my-dog>"]
+    command += ["--concept", str(tmp_path / "cat.safetensors"), "--concept", str(tmp_path / "dog.safetensors")]
+    accelerated(*command, "--output_dir", str(tmp_path / "there"))
+    assert main([*command, "--output_dir", str(tmp_path / "here")]) == 0
+    folders = tmp_path / "here", tmp_path / "there"
+    names = sorted(path.name for path in folders[0].glob("*.png"))
+    assert len(names) == 2
+    for name in names:
+        here, there = (np.asarray(Image.open(folder / name), dtype=int) for folder in folders)
+        assert abs(here - there).max() <= 1
