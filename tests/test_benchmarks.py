@@ -3,10 +3,12 @@
 import json
 
 import fit as fit_benchmark
+import fit_memory
 import inference
 import load
 import pytest
 import timing
+from accelerate.state import AcceleratorState
 
 
 def read(path):
@@ -37,6 +39,23 @@ def test_fit(tmp_path, monkeypatch, fresh_accelerate):
     _, rows = read(tmp_path / "out.json")
     assert rows["Perfusion"]["ratio"] == 1.0
     assert rows["LoRA, rank 4, as its script"]["floor_ms"] > rows["LoRA, rank 4"]["floor_ms"] > 0
+
+
+def test_fit_memory(tmp_path, monkeypatch, fresh_accelerate, capsys):
+    def measure_here(*args):
+        AcceleratorState._reset_state()
+        return fit_memory.measure(*args)
+
+    monkeypatch.setattr(fit_memory, "measure_alone", measure_here)
+    monkeypatch.setattr(fit_memory, "forget_most", lambda device: None)  # only Linux can
+    monkeypatch.setattr(fit_memory, "now", lambda device: 1)
+    monkeypatch.setattr(fit_memory, "most", lambda device: 3)
+    fit_memory.main(["--model", "pocket", "--batch_size", "2", "--output", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["gradient_checkpointing"] for row in rows] == [False, True, False, True]
+    assert {row["peak_bytes"] for row in rows} == {2}
+    assert rows[0]["model_bytes"] > rows[2]["model_bytes"]  # the UNet in half precision
+    assert "| bf16 | True | 2 |" in capsys.readouterr().out
 
 
 def test_turns_alternate_and_ratios_are_of_the_same_turn(monkeypatch):

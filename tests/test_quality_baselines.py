@@ -135,6 +135,22 @@ def test_a_loaded_file_draws_what_was_learned(name, fit, fresh, generate):
     assert (generate(prompt, earlier) - expected).abs().max() > 5 * rounded
 
 
+@pytest.mark.parametrize(
+    ("lr_scheduler", "expected"),
+    [("constant_with_warmup", [0.02, 0.04, 0.06, 0.08, 0.1, 0.1]), ("linear", [0.02, 0.04, 0.06, 0.08, 0.1, 0.05])],
+)
+def test_the_learning_rate_is_that_of_a_fit(fit, fresh, monkeypatch, lr_scheduler, expected):
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    fit("lora", fresh(), steps=6, lr_scheduler=lr_scheduler)
+    assert rates == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_seed_decides_the_file(name, fit, fresh):
     def content(folder, seed):

@@ -23,6 +23,7 @@ from unittest.mock import patch
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from memory import most, now
 from models import POCKET, load
 from safetensors.torch import save_file
 from timing import machine, moment, seconds, seconds_between, write
@@ -141,18 +142,10 @@ def peak_bytes(name, bench):
 
 def _peak(name, bench):
     model = load(bench.model, bench.device)
-    before = _resident("VmRSS") if bench.device == "cpu" else torch.cuda.memory_allocated()
+    before = now(bench.device)
     del model  # training loads another
     train(name, bench, 3)
-    if bench.device != "cpu":
-        return torch.cuda.max_memory_allocated() - before
-    return _resident("VmHWM") - before
-
-
-def _resident(field):
-    """Bytes of this process in memory, now (`VmRSS`) or at most (`VmHWM`), as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return most(bench.device) - before
 
 
 def flops_of_a_step(name, bench):

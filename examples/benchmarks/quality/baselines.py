@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -79,6 +80,7 @@ def train(
     batch_size=16,
     bf16=False,
     max_norm=None,
+    lr_scheduler="constant_with_warmup",
     each_prompt=False,
 ):
     """The steps of any method; returns `{step: folder}`.
@@ -97,12 +99,16 @@ def train(
         batch_size: pictures in a step.
         bf16: run the UNet in it; the text encoder, the parameters and the loss stay in float32.
         max_norm: of the gradients.
+        lr_scheduler: schedule of the learning rate, as a Perfusion fit's.
         each_prompt: encode the prompt of each picture, as the scripts do, and not each template once.
     """
     device = pipeline.unet.device
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES]).input_ids.to(device)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
+    schedule = get_scheduler(
+        lr_scheduler, optimizer, num_warmup_steps=WARMUP, num_training_steps=steps + 1
+    ).lr_lambdas[0]
     saved = {}
     for index in range(steps):
         # In the order in which a Perfusion fit draws, so that both see the same pictures and templates for a seed.
@@ -132,7 +138,7 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
         if not norm.isfinite() or norm == 0:
             raise RuntimeError(f"the gradients of step {index + 1} are {'zero' if norm == 0 else 'not finite'}")
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (index + 1) / WARMUP)
+        optimizer.param_groups[0]["lr"] = learning_rate * schedule(index + 1)
         optimizer.step()
         optimizer.zero_grad()
         if (step := index + 1) in (save_at or (steps,)):

@@ -2,7 +2,7 @@
 
     cd examples/benchmarks/quality && python run.py --output_dir outputs --report_dir results
 
-Takes a little over three hours on two cores; one that was stopped goes on where it was.
+Takes under four hours on two cores; one that was stopped goes on where it was.
 """
 
 import argparse

@@ -218,8 +218,21 @@ def lora_on(name, rate, changes):
     return replace(LORA, name=name, rate=rate, options={"rank": 4, "changes": changes})
 
 
+def short_perfusion(steps, rate):
+    """Perfusion with a word embedding of this learning rate; the rates fall to nothing at the last step."""
+    settings = {"max_train_steps": steps, "embedding_learning_rate": rate, "lr_scheduler": "cosine"}
+    return Perfusion(f"perfusion-{rate:g}-cosine-{steps}", settings, biases=(1.0, 1.2, 1.4))
+
+
+def short_lora(steps, rate):
+    """A LoRA of rank 4; its rate falls to nothing at the last step."""
+    return Rival(
+        f"lora4-{rate:g}-cosine-{steps}", "lora", rate, (steps,), options={"rank": 4, "lr_scheduler": "cosine"}
+    )
+
+
 # The things of each panel.
-ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST, "early": TEST}
+ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST, "early": TEST, "short": TEST}
 
 PANELS = {
     "tuning": [
@@ -270,5 +283,12 @@ PANELS = {
     "early": [
         *perfusion_grid([(0.03, 0.003), (0.03, 0.01), (0.03, 0.02)], EARLY, (1.0,)),
         *grid("lora", (1e-3, 3e-3), save_at=EARLY, rank=4),
+    ],
+    "short": [
+        PERFUSION,
+        *(short_perfusion(steps, 0.006) for steps in (75, 100)),
+        *(short_perfusion(steps, 0.01) for steps in (20, 30, 50, 75, 100)),
+        *(short_perfusion(steps, 0.02) for steps in (20, 30, 50)),
+        *(short_lora(steps, 3e-3) for steps in (20, 30, 50, 100)),
     ],
 }
