@@ -1,6 +1,5 @@
 """`PerfusionAttnProcessor`, and how it is put on a model and taken off."""
 
-import inspect
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from typing import Any
@@ -233,7 +232,11 @@ def attach(model: Any, state: PerfusionState) -> None:
     if get_state(model) is None:
         state.layers, state.projection = cross_attention_layers(model), text_projection(model)
         model._perfusion = state
-        model._perfusion_hook = model.register_forward_pre_hook(_prepare, with_kwargs=True)
+        model._perfusion_hook = (
+            model.register_forward_pre_hook(_prepare, with_kwargs=True)
+            if not state.projection
+            else state.projection[0].register_forward_hook(partial(_prepare_projected, state))
+        )
     for name, layer in state.layers.items():
         if not isinstance(layer.processor, PerfusionAttnProcessor):
             module = isinstance(layer.processor, nn.Module)
@@ -265,15 +268,24 @@ def replaced_layers(state: PerfusionState) -> dict[str, str]:
 def _prepare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the model: the edit for its text encoding, once for all layers and steps."""
     state = model._perfusion
-    # Of the class, for somebody may have put another `forward` on the model, which passes all arguments on.
-    _, *names = inspect.signature(type(model).forward).parameters
-    encodings = (dict(zip(names, args, strict=False)) | kwargs).get("encoder_hidden_states")
+    encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
     if isinstance(encodings, tuple):  # text and image encodings, as IP-Adapter passes them
         encodings = encodings[0]
     if encodings is None:
         state.refresh()
         return
     state.prepare(encodings)
+    _check_processors(state)
+
+
+@torch.compiler.disable
+def _prepare_projected(state: PerfusionState, projection: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    """Forward hook of the first module that a model passes text encodings through, as `_prepare`."""
+    state.prepare(args[0])
+    _check_processors(state)
+
+
+def _check_processors(state: PerfusionState) -> None:
     if state.edit is not None and (replaced := replaced_layers(state)):
         name, processor = next(iter(replaced.items()))
         raise RuntimeError(

@@ -169,7 +169,7 @@ class PerfusionState:
     def _project(self, encodings: Tensor) -> Tensor:
         """What the layers get for some encodings."""
         for part in self.projection:
-            encodings = part(encodings)
+            encodings = part.forward(encodings)  # past the hooks on it, one of which has called this
         return encodings
 
     def _make_edit(self, states: Tensor, words: Sequence[tuple[str, ...]]) -> Edit | None:

@@ -110,9 +110,20 @@ class TextEncoders:
     def _project(self, states: Tensor) -> Tensor:
         """In the precision of the encodings, which may be higher than the model's."""
         for part in self.projection:
-            weights = {name: weight.to(states) for name, weight in part.named_parameters()}
-            states = functional_call(part, weights, (states,))
+            weights = {f"part.{name}": weight.to(states) for name, weight in part.named_parameters()}
+            states = functional_call(_Unhooked(part), weights, (states,))
         return states
+
+
+class _Unhooked(nn.Module):
+    """A module without the hooks on it: what a model is given is not made here."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = part
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.part.forward(states)
 
 
 def states_of(output: Any, layer: int | None) -> Tensor:

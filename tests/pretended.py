@@ -169,9 +169,11 @@ def run(report, *argv):
     steps, step = [], Learner.step
 
     def watched(self, index):
-        waits.clear()
+        if index == 0:
+            waits.clear()
         loss = step(self, index)
-        steps.append(list(waits))
+        steps.append(list(waits))  # with what was waited for since the step before
+        waits.clear()
         return loss
 
     with (

@@ -44,7 +44,7 @@ from torch._dynamo.testing import CompileCounter
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from diffusers_perfusion import add_perfusion
-from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.attention import cross_attention_layers, get_state, text_projection
 from diffusers_perfusion.families import edited_model, text_encoders
 
 PROMPTS = ["a <my-cat> on the beach", "a cat on the beach"]
@@ -425,6 +425,28 @@ def test_a_concept_beside(pipe, family, generate, name, locking, first):
     assert torch.equal(generate(PROMPTS, pipe, **arguments), edited)
     pipe.unload_perfusion()
     assert torch.equal(generate(PROMPTS, pipe, **arguments), off)
+
+
+@pytest.mark.parametrize("family", ["PixArt", "Sana"])
+def test_a_projection_is_used_within_the_model_alone_where_offloading_has_brought_it(pipe, family, generate):
+    pipe.load_perfusion(random_concept(pipe))
+    model = edited_model(pipe)
+    forward, inside, seen = model.forward, [], []
+
+    def watched(*args, **kwargs):
+        inside.append(True)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    model.forward = watched
+    for part in text_projection(model):
+        for module in part.modules():
+            module.register_forward_pre_hook(lambda *_: seen.append(bool(inside)))
+    generate(PROMPTS, pipe, **PIPELINES[family]["text to image"][1]())
+    assert get_state(model).edit is not None
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, remove, _) in FEATURES.items() if remove])

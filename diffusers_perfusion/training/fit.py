@@ -197,12 +197,11 @@ def _run(
             step += 1
             progress.update()
             if step == config.max_train_steps or any(step % end == 0 for end in ends):
-                for number, loss in enumerate(torch.stack(unread).tolist(), step - len(unread) + 1):
-                    if not math.isfinite(loss):
-                        raise RuntimeError(f"the loss of step {number} is {loss}; lower the learning rates")
-                    accelerator.log({"loss": loss}, step=number)
+                losses = _log(accelerator, unread, step)
                 unread = []
-                progress.set_postfix(loss=f"{loss:.4f}")
+                if bad := [number for number, loss in losses.items() if not math.isfinite(loss)]:
+                    raise RuntimeError(f"the loss of step {bad[0]} is {losses[bad[0]]}; lower the learning rates")
+                progress.set_postfix(loss=f"{losses[step]:.4f}")
             if not accelerator.is_main_process:
                 continue
             # Before the checkpoint, which holds the scores as well.
@@ -224,6 +223,7 @@ def _run(
         if selection is not None and step not in selection.scores:
             selection.score(learner, step)
     except KeyboardInterrupt:
+        _log(accelerator, unread, step)
         logger.warning(
             f"The fit was stopped at step {step}. "
             + (f"Go on from {last} with --resume_from_checkpoint latest." if last else "It has no checkpoint yet.")
@@ -243,6 +243,14 @@ def _run(
         concept.save(output_dir / WEIGHT_NAME)
     accelerator.wait_for_everyone()
     return concept
+
+
+def _log(accelerator: Accelerator, losses: list[Tensor], step: int) -> dict[int, float]:
+    """Read the losses of the steps up to this one, and give them to the trackers; by step."""
+    read = dict(enumerate(torch.stack(losses).tolist() if losses else [], step - len(losses) + 1))
+    for number, loss in read.items():
+        accelerator.log({"loss": loss}, step=number)
+    return read
 
 
 def _recipe(config: FitConfig, accelerator: Accelerator) -> dict[str, Any]:

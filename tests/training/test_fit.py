@@ -349,6 +349,35 @@ def test_a_loss_that_is_not_finite_is_an_error_before_anything_is_made_of_it(run
     assert [path.name for path in Path(fit_settings["output_dir"]).glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_loss_that_is_not_finite_is_an_error_before_pictures_are_drawn(run, monkeypatch):
+    monkeypatch.setattr(Learner, "step", lambda self, index: torch.tensor(float("nan")))
+    monkeypatch.setattr(sys.modules[fit.__module__], "validate", None)  # not to be called
+    with pytest.raises(RuntimeError, match="the loss of step 1 is nan"):
+        run(max_train_steps=8, validation_prompt=["a <my-cat>"], validation_steps=2)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_before_scores(run, monkeypatch):
+    class NeverScoring:
+        scores = {}
+
+        def __init__(self, *args):
+            pass
+
+    monkeypatch.setattr(Learner, "step", lambda self, index: torch.tensor(float("nan")))
+    monkeypatch.setattr(sys.modules[fit.__module__], "Selection", NeverScoring)
+    with pytest.raises(RuntimeError, match="the loss of step 1 is nan"):
+        run(max_train_steps=8, select_by="text", selection_steps=2)
+
+
+def test_losses_of_a_stopped_fit_are_logged(run, monkeypatch, stop):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(step))
+    stop(3, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(max_train_steps=8)
+    assert logged == [1, 2, 3]
+
+
 def test_the_vae_sees_each_picture_once(run, pipeline):
     seen = []
     pipeline.vae.encoder.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
