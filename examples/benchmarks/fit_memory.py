@@ -1,6 +1,7 @@
 """Most memory that a step of a Perfusion fit takes besides the models, by precision, batch size and checkpointing.
 
-    python examples/benchmarks/fit_memory.py --side 512 --output examples/benchmarks/results/fit-memory-sd15.json
+    python examples/benchmarks/fit_memory.py --side 512 --mixed_precision bf16 --batch_size 1 2 4 \\
+        --output examples/benchmarks/results/fit-memory-sd15.json
 
 The latents are encoded by then. Each setting is measured over two steps in a process of its own; on a CPU that holds
 what libraries take for themselves.
