@@ -43,8 +43,9 @@ class AsideMixin:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another model or tokenizer while concepts are on the one there is, since they would stay behind."""
-        if name in KEEPING and value is not None:
-            current = getattr(self, name, None)
+        # Not while the pipeline is made: diffusers warns of an attribute that is not there yet.
+        if name in KEEPING and name in self.__dict__ and value is not None:
+            current = getattr(self, name)
             if getattr(value, "_orig_mod", value) is not current and get_state(edited_model(self)) is not None:
                 raise ValueError(
                     f"concepts are loaded on this pipeline and would stay with its {name}; call unload_perfusion() "

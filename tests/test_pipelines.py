@@ -1,4 +1,5 @@
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,12 @@ def test_pipeline_from_an_ordinary_one_and_back(pipeline, plain_pipeline, make_c
     back.set_progress_bar_config(disable=True)
     assert torch.equal(generate("a <my-cat>", made), generate("a <my-cat>", back))
     assert not torch.equal(generate("a <my-cat>", made), generate("a cat", made))
+
+
+def test_a_pipeline_is_made_without_a_warning(plain_pipeline):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PerfusionPipeline(**plain_pipeline.components, requires_safety_checker=False)
 
 
 def test_add_perfusion_keeps_the_pipeline_what_it_was(plain_pipeline, make_concept, generate):
