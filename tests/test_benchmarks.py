@@ -6,6 +6,7 @@ import fit as fit_benchmark
 import fit_memory
 import inference
 import load
+import memory
 import pytest
 import timing
 from accelerate.state import AcceleratorState
@@ -39,6 +40,12 @@ def test_fit(tmp_path, monkeypatch, fresh_accelerate):
     _, rows = read(tmp_path / "out.json")
     assert rows["Perfusion"]["ratio"] == 1.0
     assert rows["LoRA, rank 4, as its script"]["floor_ms"] > rows["LoRA, rank 4"]["floor_ms"] > 0
+
+
+def test_memory_is_what_the_system_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    memory.STATUS.write_text("Name:\tpython\nVmHWM:\t    34 kB\nVmRSS:\t    12 kB\n")
+    assert (memory.now("cpu"), memory.most("cpu")) == (12 * 1024, 34 * 1024)
 
 
 def test_fit_memory(tmp_path, monkeypatch, fresh_accelerate, capsys):
