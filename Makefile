@@ -4,49 +4,69 @@ PYTHON ?= python3
 CONCEPT ?= teddy_bear
 # More flags for examples/demo.py, such as DEMO_FLAGS="--max_train_steps 10 --quick" for a short run.
 DEMO_FLAGS ?=
+# Processes that share the tests.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
+FRESH := .venv-wheel
+
+# One thread for each process, so that the processes do not compete for cores.
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-lowest lint format clean
+.PHONY: demo test test-lowest wheel lint format clean
 
-# torch comes first, so that no later step can choose another one.
-$(STAMP): pyproject.toml constraints.txt
+# What a user installs. torch comes first, so that no later step can choose another one.
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
-demo: $(STAMP)
-	TRANSFORMERS_VERBOSITY=error $(BIN)/python examples/demo.py --concept $(CONCEPT) --output_dir demo $(DEMO_FLAGS)
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py --concept $(CONCEPT) --output_dir demo $(DEMO_FLAGS)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(call PYTEST,$(BIN))
 
 # The tests with the lowest versions that pyproject.toml admits, in an environment of their own.
 # Only later versions of torch let a device be pretended.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -q --ignore tests/test_pretended.py
+	$(call PYTEST,$(LOWEST)/bin) --ignore tests/test_pretended.py
 
 $(LOWEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q uv
-	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct -e ".[train,dev]"
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct -e ".[dev]"
 	touch $@
 
-lint: $(STAMP)
+# The wheel as a user gets it. Isolated mode keeps this checkout out of the import path.
+wheel:
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(FRESH)
+	$(FRESH)/bin/python -m pip wheel -q --no-deps -w dist .
+	$(FRESH)/bin/python -m pip install -q -c constraints.txt torch
+	$(FRESH)/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	$(FRESH)/bin/python -I -c "from diffusers_perfusion import PerfusionConcept, PerfusionPipeline, PerfusionXLPipeline"
+	$(FRESH)/bin/perfusion --help
+	$(FRESH)/bin/perfusion info examples/hub/my-bear
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Everything that the other targets made, but for their environments.
+# Everything that the other targets made, except their environments.
 clean:
 	rm -rf demo outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path "./$(VENV)*" -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,16 +1,16 @@
-"""Concepts on disk and on the Hugging Face Hub: find one, look at one, share one, search for more."""
+"""Concept files on the Hugging Face Hub: find one, read its header, push one, search for more."""
 
 import hashlib
 import io
+import logging
 import os
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diffusers.utils import logging
 from huggingface_hub import (
     CommitInfo,
     CommitOperation,
@@ -36,16 +36,16 @@ from huggingface_hub.errors import (
 )
 from PIL import Image
 
-from .cards import TAG, CardEntry, is_hub_id, make_card
-from .concept import MAX_FILE_BYTES, WEIGHT_NAME, ConceptHeader, PerfusionConcept
+from .concept_file import MAX_FILE_BYTES, WEIGHT_NAME, ConceptHeader, find_local_file
+from .model_card import TAGS, CardEntry, is_hub_id, make_card
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _REFUSALS = {
     401: "the Hub does not know you; log in with `hf auth login` or pass token=",
     403: "your token does not allow it",
     412: "the repository was changed at the same time",
-    429: "the Hub limits how often it is asked; wait some minutes",
+    429: "the Hub limits the number of requests; wait some minutes",
 }
 
 
@@ -55,7 +55,7 @@ def find_concept_file(
     subfolder: str | None = None,
     **hub_options: Any,
 ) -> Path:
-    """Path of a concept file, downloaded if `source` is the id of a Hub repository.
+    """Return the path of a concept file, which is downloaded if `source` is the id of a Hub repository.
 
     Args:
         source: a concept file, a folder with one, or the id of a repository with one.
@@ -68,9 +68,9 @@ def find_concept_file(
         FileNotFoundError: if there is no such file in the folder or repository.
         ValueError: if `source` is neither a file, a folder nor the id of a repository that can be read, or the file
             is too large to be a concept.
-        OSError: if the download fails. What is in the cache stays as it is.
+        OSError: if the download fails; the cache stays as it is.
     """
-    path = _find_local(source, weight_name, subfolder)
+    path = find_local_file(source, weight_name, subfolder)
     if path is not None:
         return path
     with _explained(source, weight_name, hub_options.get("revision")):
@@ -93,17 +93,17 @@ def read_header(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> tuple[str, int, ConceptHeader]:
-    """Path, size and header of a concept file; of one on the Hub the header alone is asked for.
+    """Return path, size and header of a concept file. Of a file on the Hub only the header is downloaded.
 
-    Offline, it is read from the cache. Arguments are as for `find_concept_file`.
+    Offline, it is read from the cache. The arguments are those of `find_concept_file`.
 
     Raises:
         FileNotFoundError: if there is no such file in the folder or repository.
         ValueError: if `source` is neither a file, a folder nor the id of a repository that can be read, or the file
-            is no concept.
-        OSError: if the Hub cannot be asked.
+            is not a valid concept file.
+        OSError: if the Hub cannot be reached or refuses.
     """
-    path = _find_local(source, weight_name, subfolder)
+    path = find_local_file(source, weight_name, subfolder)
     if path is None and constants.HF_HUB_OFFLINE:
         path = find_concept_file(source, weight_name, subfolder, revision=revision, local_files_only=True)
     if path is not None:
@@ -113,8 +113,23 @@ def read_header(
     return f"{os.fspath(source)}/{name}", *_read_remote_header(os.fspath(source), name, revision, token)
 
 
-def push_concept(
-    concept: PerfusionConcept,
+def card_entry(path: Path, samples: Sequence[tuple[str, str]] = ()) -> CardEntry:
+    """Return the entry of a concept file in a model card.
+
+    Args:
+        path: of the file.
+        samples: prompt, and path in the repository, of each sample image.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a whole concept file.
+    """
+    header, content = ConceptHeader.read(path), path.read_bytes()
+    return CardEntry(path.name, header, len(content), hashlib.sha256(content).hexdigest(), samples)
+
+
+def push_concept_file(
+    path: str | os.PathLike,
     repo_id: str,
     *,
     weight_name: str = WEIGHT_NAME,
@@ -127,43 +142,29 @@ def push_concept(
     commit_message: str | None = None,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Upload a concept, its sample pictures and a card, in one commit; the repository is made if it is not there.
+    """Upload a concept file, its sample images and a card in one commit, to a repository that is created if missing.
 
-    The card is written anew by each push, and lists every concept in the repository. Of the sample pictures nothing
-    but the pixels is uploaded.
-
-    Args:
-        concept: what to upload.
-        repo_id: id of the repository.
-        weight_name: name of the file there, for a repository of several concepts.
-        samples: pictures drawn with it, each after its prompt. They replace those of an earlier push.
-        sweep: scores at other settings, rows with the same columns, for the card of a repository with one concept.
-        license: id of the licence, as the Hub names it; by default the one the card has already, if any.
-        private: whether a new repository is private; by default as the owner's are.
-        token: of a user who may write to it; by default the stored one.
-        create_pr: open a pull request and leave the branch as it is.
-        commit_message: by default it names the concept's word.
-        revision: branch to push to, made if it is not there; by default `main`.
+    The card is rendered again by each push and lists every concept in the repository. Of the sample images only the
+    pixels are uploaded. `path` is the concept file; the other arguments are those of `PerfusionConcept.push_to_hub`.
 
     Raises:
-        ValueError: if `weight_name` is no name of a safetensors file, the rows of `sweep` differ, or a repository that
-            is to be private is public.
-        OSError: if the Hub cannot be reached or refuses. It says what is on the Hub then; the same call goes on.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a whole concept file, `weight_name` is not the name of a safetensors file, the rows of
+            `sweep` differ, or a repository that is to be private is public.
+        OSError: if the Hub cannot be reached or refuses. The message says what is on the Hub then; the same call can
+            be repeated.
     """
     if PurePosixPath(weight_name).name != weight_name or not weight_name.endswith(".safetensors"):
         raise ValueError(f"weight_name is {weight_name!r}; expected the name of a file that ends in .safetensors")
-    if not is_hub_id(concept.base_model):
-        logger.warning(
-            f"The concept names its base model {concept.base_model!r}, which is no id of a model on the Hub, so its "
-            "card cannot say how to load it; set base_model to the id and push again."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        content = concept.save(Path(folder) / weight_name).read_bytes()
-        header = ConceptHeader.read(Path(folder) / weight_name)
     folder_of_samples = f"images/{weight_name.removesuffix('.safetensors')}/"
-    pictures = {f"{folder_of_samples}{number}.png": _png(picture) for number, (_, picture) in enumerate(samples)}
-    shown = [(prompt, path) for (prompt, _), path in zip(samples, pictures, strict=True)]
-    entry = CardEntry(weight_name, header, len(content), hashlib.sha256(content).hexdigest(), shown)
+    images = {f"{folder_of_samples}{number}.png": _png(image) for number, (_, image) in enumerate(samples)}
+    shown = [(prompt, image) for (prompt, _), image in zip(samples, images, strict=True)]
+    entry = replace(card_entry(Path(path), shown), weight_name=weight_name)
+    if not is_hub_id(entry.header.base_model):
+        logger.warning(
+            f"The concept names its base model {entry.header.base_model!r}, which is not the id of a model on the "
+            "Hub, so its card cannot say how to load it; set base_model to the id and push again."
+        )
 
     api = HfApi(token=token)
     repo_id = create_repository(repo_id, private=private, token=token)
@@ -174,10 +175,15 @@ def push_concept(
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         entries = sorted([entry, *_other_entries(info, weight_name, token)], key=lambda entry: entry.weight_name)
         license = license or getattr(info.card_data, "license", None)
+        if license is None:
+            logger.warning(
+                f"The card of {repo_id} names no licence, so nobody knows what they may do with the concept; push "
+                "again with a licence, such as license='cc-by-4.0' (--license cc-by-4.0)."
+            )
         if sweep and len(entries) > 1:
             logger.warning(f"The card of {repo_id} is of {len(entries)} concepts, so it does not show the sweep.")
         card = make_card(repo_id, entries, license, sweep if len(entries) == 1 else ())
-        files = {weight_name: content, "README.md": str(card).encode()} | pictures
+        files = {weight_name: Path(path).read_bytes(), "README.md": str(card).encode()} | images
         stale = [
             file.rfilename
             for file in info.siblings or []
@@ -189,10 +195,10 @@ def push_concept(
         return api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message or f"Upload the Perfusion concept {concept.placeholder_token}",
+            commit_message=commit_message or f"Upload the Perfusion concept {entry.header.placeholder_token}",
             revision=revision,
             create_pr=create_pr,
-            # The card was made of what is in this commit.
+            # The card describes the files of this commit.
             parent_commit=info.sha,
         )
     except (HTTPError, OSError) as error:
@@ -202,15 +208,15 @@ def push_concept(
         held = "either all of this push or nothing of it" if unsure else "nothing of this push"
         raise OSError(
             f"the push to {repo_id} failed: {_reason(error)}; the repository is on the Hub and holds {held}; "
-            "push again to go on"
+            "push again"
         ) from error
 
 
 def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Make a repository unless it is there, and return its id with its owner's name.
+    """Create a repository unless it exists, and return its id with its owner's name.
 
     Raises:
-        ValueError: if it is to be private and is there and public, or `repo_id` cannot be an id.
+        ValueError: if it is to be private but exists and is public, or `repo_id` cannot be an id.
         OSError: if the Hub cannot be reached or refuses.
     """
     api = HfApi(token=token)
@@ -227,41 +233,27 @@ def create_repository(repo_id: str, *, private: bool | None = None, token: str |
 def search_concepts(
     base_model: str | None = None, *, limit: int = 20, token: str | bool | None = None
 ) -> list[ModelInfo]:
-    """Repositories with concepts, found by the tags of their cards.
+    """Return the repositories with concepts, which are found by the tags of their cards.
 
     Args:
         base_model: id of the base model that they are for; by default any.
-        limit: how many at most.
-        token: to find private ones as well.
+        limit: the largest number of repositories to return.
+        token: to find private repositories as well.
 
     Raises:
         OSError: if the Hub cannot be reached or refuses.
     """
-    tags = [TAG, "diffusers"] + ([f"base_model:adapter:{base_model}"] if base_model else [])
+    tags = TAGS + ([f"base_model:adapter:{base_model}"] if base_model else [])
     try:
         return list(HfApi(token=token).list_models(filter=tags, limit=limit, cardData=True))
     except (HTTPError, OSError) as error:
         raise OSError(f"the search failed: {_reason(error)}") from error
 
 
-def _find_local(source: str | os.PathLike, weight_name: str, subfolder: str | None) -> Path | None:
-    """A concept file on disk; None if `source` is neither a file nor a folder."""
-    path = Path(source)
-    if os.path.isfile(path):  # unlike Path.is_file, no error for what cannot be a path
-        return path
-    if not os.path.isdir(path):
-        return None
-    path = path / (subfolder or "") / weight_name
-    if not path.is_file():
-        held = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors"))) or "no safetensors file"
-        raise FileNotFoundError(f"{path.parent} has no {weight_name}; it holds {held} (choose with weight_name=)")
-    return path
-
-
 def _read_remote_header(
     repo_id: str, name: str, revision: str | None, token: str | bool | None
 ) -> tuple[int, ConceptHeader]:
-    """Size and header of a concept file on the Hub."""
+    """Return size and header of a concept file on the Hub."""
     with _explained(repo_id, name, revision):
         size = _check_size(get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), token=token).size)
         try:
@@ -278,12 +270,12 @@ def _read_remote_header(
 
 def _check_size(size: int | None) -> int:
     if size is None or size > MAX_FILE_BYTES:
-        raise ValueError(f"the file has {size or 'unknown'} bytes; a concept file has at most {MAX_FILE_BYTES}")
+        raise ValueError(f"the file's size is {size or 'unknown'}; expected at most {MAX_FILE_BYTES} bytes")
     return size
 
 
 def _other_entries(info: ModelInfo, weight_name: str, token: str | bool | None) -> Iterator[CardEntry]:
-    """The other concepts at the top of a repository, with the pictures that its card shows of them."""
+    """Yield the other concepts at the top of a repository, with the images that its card shows of them."""
     files = {file.rfilename: file for file in info.siblings or []}
     gallery = getattr(info.card_data, "widget", None)
     shown = [_widget(entry) for entry in gallery] if isinstance(gallery, list) else []
@@ -294,30 +286,30 @@ def _other_entries(info: ModelInfo, weight_name: str, token: str | bool | None) 
             size, header = _read_remote_header(info.id, name, info.sha, token)
         except ValueError:
             continue  # a file of another kind
-        pictures = f"images/{name.removesuffix('.safetensors')}/"
-        samples = [(text, url) for text, url in shown if url in files and url.startswith(pictures)]
+        folder = f"images/{name.removesuffix('.safetensors')}/"
+        samples = [(text, url) for text, url in shown if url in files and url.startswith(folder)]
         yield CardEntry(name, header, size, file.lfs.sha256 if file.lfs else None, samples)
 
 
 def _widget(entry: Any) -> tuple[str, str]:
-    """Prompt and picture of an entry in a card's gallery, which anyone may have written."""
+    """Return prompt and image path of an entry in a card's gallery, which may have any form."""
     try:
         return str(entry["text"]), str(entry["output"]["url"])
     except (KeyError, TypeError):
         return "", ""
 
 
-def _png(picture: Image.Image) -> bytes:
-    """A picture as PNG, without what else its file said: places, dates, settings."""
-    picture = picture.convert("RGB")
+def _png(image: Image.Image) -> bytes:
+    """Return an image as PNG without metadata, such as place, date and camera settings."""
+    image = image.convert("RGB")
     buffer = io.BytesIO()
-    Image.frombytes("RGB", picture.size, picture.tobytes()).save(buffer, "PNG")
+    Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 @contextmanager
 def _explained(source: str | os.PathLike, weight_name: str, revision: str | None) -> Iterator[None]:
-    """Say in a sentence why a file of a repository cannot be had, and what to do."""
+    """Turn errors of the Hub's client into one sentence: why a file cannot be read, and what to do."""
     name = os.fspath(source)
     if ".." in PurePosixPath(weight_name).parts:
         raise ValueError(f"weight_name is {weight_name!r}; expected a file in the repository {name}")
@@ -339,7 +331,7 @@ def _explained(source: str | os.PathLike, weight_name: str, revision: str | None
     except LocalEntryNotFoundError as error:
         cause = error.__cause__
         raise FileNotFoundError(
-            f"{name!r} is no file or folder here, {weight_name} of a repository of that id is not in the cache, and "
+            f"{name!r} is not a local file or folder, {weight_name} of such a repository is not in the cache, and "
             + (_reason(cause) if isinstance(cause, HfHubHTTPError) else "the Hub was not reached")
         ) from error
     except EntryNotFoundError as error:
@@ -353,7 +345,7 @@ def _explained(source: str | os.PathLike, weight_name: str, revision: str | None
 
 
 def _reason(error: BaseException) -> str:
-    """Why a request failed, in half a sentence."""
+    """Return why a request failed, as a clause."""
     response = getattr(error, "response", None)
     if response is not None and response.status_code in _REFUSALS:
         return f"{_REFUSALS[response.status_code]} ({response.status_code})"

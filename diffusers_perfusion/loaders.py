@@ -15,14 +15,13 @@ from huggingface_hub import CommitInfo
 from PIL import Image
 from torch import Tensor
 
-from .aside import AsideMixin
-from .attention import attach, check_concept_fits, detach, get_state, replaced_layers
-from .concept import WEIGHT_NAME, PerfusionConcept, check_bias, check_temperature
-from .families import edited_model, text_encoders
-from .hub import find_concept_file, push_concept
-from .state import LoadedConcept, Locking, PerfusionState
-from .text import TextEncoders
-from .vocabulary import Vocabulary
+from .attention_processor import check_concept_fits
+from .concept import PerfusionConcept
+from .concept_file import WEIGHT_NAME, check_bias, check_temperature
+from .model_families import edited_model, family_of
+from .model_hooks import attach, check_processors, detach
+from .pipeline_compat import PipelineCompatMixin, with_mixin
+from .registry import ConceptRegistry, Locking, registry_of
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +33,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def add_perfusion(pipeline: Pipeline) -> Pipeline:
-    """Give a pipeline that exists already the methods of `PerfusionLoaderMixin`, in place, and return it.
+    """Add the methods of `PerfusionLoaderMixin` to an existing pipeline, in place, and return it.
 
     Nothing else about it changes: its components, hooks, settings and the class name that it is saved under stay.
 
@@ -42,21 +41,21 @@ def add_perfusion(pipeline: Pipeline) -> Pipeline:
         ValueError: if the model has no cross-attention from text.
     """
     if not isinstance(pipeline, PerfusionLoaderMixin):
-        text_encoders(pipeline)
-        kind = type(pipeline)
-        pipeline.__class__ = type(kind.__name__, (PerfusionLoaderMixin, kind), {"__module__": kind.__module__})
+        family_of(pipeline)
+        pipeline.__class__ = with_mixin(PerfusionLoaderMixin, type(pipeline))
     return pipeline
 
 
-class PerfusionLoaderMixin(AsideMixin):
+class PerfusionLoaderMixin(PipelineCompatMixin):
     """Load, set, switch and unload Perfusion concepts.
 
-    Concepts stay with the model: a pipeline made of the same components (`from_pipe`) has them too.
+    Concepts stay with the model: a pipeline that is made of the same model (`from_pipe`, `unet=pipe.unet`) has them
+    too. Settings hold for all of these pipelines, which may generate in several threads.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As the pipeline's own; of a folder also the concepts that were saved in it."""
+        """Load a pipeline as its diffusers class does, and the concepts that were saved in its folder."""
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         for path in sorted((Path(pretrained_model_name_or_path) / CONCEPTS).glob("*.safetensors")):
             pipeline.load_perfusion(path, unquote(path.stem))
@@ -81,9 +80,9 @@ class PerfusionLoaderMixin(AsideMixin):
         Args:
             source: id of a Hub repository, a folder, a file, a `PerfusionConcept`, what `PerfusionConcept.state_dict`
                 gives, or a list of these.
-            concept_name: what to call it in the other methods; by default its word without angle brackets. A list if
-                `source` is one.
-            placeholder_token: another word for it than the one in the file. A list if `source` is one.
+            concept_name: what to call it in the other methods; by default its placeholder token without angle
+                brackets. A list if `source` is one.
+            placeholder_token: another placeholder token than the one in the file. A list if `source` is one.
             weight_name: name of the concept file in a folder or repository.
             subfolder: where in the folder or repository it is.
             revision: branch, tag or commit of the repository.
@@ -94,62 +93,57 @@ class PerfusionLoaderMixin(AsideMixin):
 
         Raises:
             FileNotFoundError: if there is no concept file at `source`.
-            ValueError: if the file is no valid concept, is made for another model, or its name or word is taken. Then
-                none of a list is loaded.
+            ValueError: if the file is no valid concept, is for another model, or its name or placeholder token is
+                taken. Then none of a list is loaded.
         """
-        model, texts = edited_model(self), text_encoders(self)
+        model, family = edited_model(self), family_of(self)
         sources: Sequence[Any] = source if isinstance(source, (list, tuple)) else [source]
         names = _one_each("concept_name", concept_name, len(sources))
-        words = _one_each("placeholder_token", placeholder_token, len(sources))
+        placeholder_tokens = _one_each("placeholder_token", placeholder_token, len(sources))
+        loaded = self.list_perfusion()
         concepts: dict[str, PerfusionConcept] = {}
-        state = get_state(model)
-        for item, name, word in zip(sources, names, words, strict=True):
+        for item, name, new_token in zip(sources, names, placeholder_tokens, strict=True):
             if isinstance(item, PerfusionConcept):
                 concept = item.to()
             elif isinstance(item, Mapping):
                 concept = PerfusionConcept.from_state_dict(item)
             else:
-                path = find_concept_file(
+                concept = PerfusionConcept.from_pretrained(
                     item,
-                    weight_name,
-                    subfolder,
+                    weight_name=weight_name,
+                    subfolder=subfolder,
                     revision=revision,
                     token=token,
                     cache_dir=cache_dir,
                     force_download=force_download,
                     local_files_only=local_files_only,
                 )
-                concept = PerfusionConcept.load(path)
-            check_concept_fits(concept, model)
-            if word is not None:
-                concept = replace(concept, placeholder_token=word)
+            check_concept_fits(concept, model, family.layers)
+            if new_token is not None:
+                concept = replace(concept, placeholder_token=new_token)
             name = name or concept.placeholder_token.strip("<>")
-            if name in concepts or (state is not None and name in state.loaded):
+            if name in concepts or name in loaded:
                 raise ValueError(f"a concept named {name!r} is loaded already; choose another with concept_name=")
             concepts[name] = concept
 
-        loaded: list[str] = []
+        registry = registry_of(model) or ConceptRegistry(family)
+        check_processors(registry)
+        registry.connect(family)
+        added: list[str] = []
         try:
             for name, concept in concepts.items():
-                self._add_concept(name, concept, texts)
-                loaded.append(name)
+                registry.add(name, concept)
+                added.append(name)
         except Exception:
-            self.delete_perfusion(loaded)
+            for name in added:
+                registry.remove(name)
             raise
-
-    def _add_concept(self, name: str, concept: PerfusionConcept, texts: TextEncoders) -> None:
-        state = get_state(edited_model(self)) or PerfusionState(Vocabulary(texts))
-        state.words.add(concept.placeholder_token, concept.word_embeddings, concept.superclass)
-        if get_state(edited_model(self)) is None:
-            attach(edited_model(self), state)
-        state.loaded[name] = LoadedConcept(concept, torch.tensor(concept.bias), torch.tensor(concept.temperature))
-        state.active.append(name)
-        state.refresh()
-        if state.enabled:
-            state.words.enable()
-        else:
-            logger.warning(f"Perfusion is disabled on this pipeline; {name!r} is applied from enable_perfusion() on.")
-        self._check_processors()
+        attach(model, registry)
+        if not registry.enabled:
+            logger.warning(
+                f"Perfusion is disabled on this pipeline; {', '.join(map(repr, concepts))} takes effect after "
+                "enable_perfusion()."
+            )
 
     def set_perfusion(
         self,
@@ -160,111 +154,89 @@ class PerfusionLoaderMixin(AsideMixin):
     ) -> ExitStack:
         """Choose the active concepts and their settings.
 
-        The settings hold until the next call, or for the body of a `with` statement:
+        What is not given stays as it is. The settings hold until the next call, or for the body of a `with` statement:
 
             with pipe.set_perfusion("my-cat", bias=1.0):
                 image = pipe("a <my-cat> on the beach").images[0]
 
         Args:
             names: the concepts to activate, all others being switched off; by default the active ones.
-            bias: `β` for all of them, one each, or by name. Low is like the pictures, high like the prompt. By
-                default each concept's own.
-            temperature: `τ` likewise. By default each concept's own.
-            locking: `local` locks the keys of the concept's word to the super-category, `global` takes the keys of
-                the whole prompt from its super-category twin: richer scenes, looser identity, and a lower bias suits
-                it. By default as it is.
+            bias: `β` for all of them, one each, or by name. Low is like the images, high like the prompt. A concept is
+                loaded with its own.
+            temperature: `τ` likewise.
+            locking: `local` locks the keys of the placeholder token to the super-class; `global` takes the keys of the
+                whole prompt from its super-class prompt: richer scenes, looser identity, and a lower bias suits it. A
+                model begins with `local`.
 
         Returns:
-            A context manager that puts back the settings from before.
+            A context manager that restores the previous settings.
 
         Raises:
             ValueError: if a concept is not loaded, or a setting out of range.
         """
-        state = self._state("set")
-        names = list(state.active) if names is None else [names] if isinstance(names, str) else list(names)
+        registry = self._registry("set")
+        names = list(registry.active) if names is None else [names] if isinstance(names, str) else list(names)
         self._check_loaded(names)
-        biases = _setting("bias", bias, {name: state.loaded[name].concept.bias for name in names})
-        temperatures = _setting(
-            "temperature", temperature, {name: state.loaded[name].concept.temperature for name in names}
-        )
-        for name in names:
-            check_bias(biases[name])
-            check_temperature(temperatures[name])
+        biases = _setting("bias", bias, names)
+        temperatures = _setting("temperature", temperature, names)
+        for value in biases.values():
+            check_bias(value)
+        for value in temperatures.values():
+            check_temperature(value)
         if locking is not None and locking not in get_args(Locking):
             raise ValueError(f"locking is {locking!r}; expected one of {', '.join(get_args(Locking))}")
 
         before = ExitStack()
-        before.callback(
-            self._restore,
-            state.active,
-            state.locking,
-            {name: (entry.bias, entry.temperature) for name, entry in state.loaded.items()},
-        )
-        state.active = list(dict.fromkeys(names))
-        for name in names:
-            state.loaded[name].bias = torch.tensor(biases[name], dtype=torch.float32)
-            state.loaded[name].temperature = torch.tensor(temperatures[name], dtype=torch.float32)
-        if locking is not None:
-            state.locking = locking
-        state.refresh()
-        self._check_processors()
-        if not state.enabled:
-            logger.warning("Perfusion is disabled on this pipeline; the settings hold from enable_perfusion() on.")
+        settings = {name: (entry.bias, entry.temperature) for name, entry in registry.loaded.items()}
+        before.callback(_restore, registry, list(registry.active), registry.locking, settings)
+        for name, value in biases.items():
+            registry.loaded[name].bias = torch.tensor(value, dtype=torch.float32)
+        for name, value in temperatures.items():
+            registry.loaded[name].temperature = torch.tensor(value, dtype=torch.float32)
+        registry.configure(active=names, locking=locking or registry.locking)
+        if not registry.enabled:
+            logger.warning("Perfusion is disabled on this pipeline; settings take effect after enable_perfusion().")
         return before
 
-    def _restore(self, active: list[str], locking: Locking, settings: dict[str, tuple[Any, Any]]) -> None:
-        state = get_state(edited_model(self))
-        if state is None:
-            return
-        state.active = [name for name in active if name in state.loaded]
-        state.locking = locking
-        for name, (bias, temperature) in settings.items():
-            if name in state.loaded:
-                state.loaded[name].bias, state.loaded[name].temperature = bias, temperature
-        state.refresh()
-
     def mark_perfusion(self, prompt_embeds: Tensor, names: str | Sequence[str] | None = None) -> None:
-        """Say which concepts are in text encodings that were weighted, mixed or cut, to be generated with later.
+        """Register which concepts prompt embeddings hold that were weighted, mixed or encoded elsewhere.
 
-        What `encode_prompt` gives needs no mark, nor do its rows, repeated or in another precision.
+        What `encode_prompt` returns while the concepts are loaded is recognised by itself, as are its rows, repeated
+        or in another precision. Without this call, a warning says that no concept is applied.
 
         Args:
-            prompt_embeds: as the pipeline takes them, `(batch, length, d)`.
-            names: the concepts in every row of them; by default the active ones.
+            prompt_embeds: as the pipeline takes them, `(batch, length, width)`.
+            names: the concepts in every row of them; by default the active ones, and an empty list for none.
 
         Raises:
-            ValueError: if a concept is not loaded, none is named and none active, or the encodings are of another
+            ValueError: if a concept is not loaded, none is named and none active, or the embeddings are of another
                 width than the pipeline's.
         """
-        state = self._state("mark")
-        names = list(state.active) if names is None else [names] if isinstance(names, str) else list(names)
+        registry = self._registry("mark")
+        if names is None and not registry.active:
+            raise ValueError("no concept is active; name the concepts that are in prompt_embeds")
+        names = list(registry.active) if names is None else [names] if isinstance(names, str) else list(names)
         self._check_loaded(names)
-        if not names:
-            raise ValueError("no concept is active, so there is none to mark; name those that are in the encodings")
-        widths = state.words.widths
-        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != sum(widths):
+        width = sum(registry.widths)
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != width:
             raise ValueError(
-                f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; expected (batch, length, {sum(widths)})"
+                f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; expected (batch, length, {width})"
             )
-        for row in prompt_embeds:
-            for part in row.split(widths, -1):
-                state.mark(part, tuple(state.loaded[name].concept.placeholder_token for name in names), None)
-        state.refresh()
+        registry.register(prompt_embeds, [registry.loaded[name].concept.placeholder_token for name in names])
 
     def enable_perfusion(self) -> None:
-        """Switch concepts on again, and put back attention processors that something else has replaced."""
-        state = self._state("enable")
-        attach(edited_model(self), state)
-        state.enabled = True
-        state.refresh()
-        state.words.enable()
+        """Switch concepts on again, and wrap attention processors that something else has replaced."""
+        registry = self._registry("enable")
+        attach(edited_model(self), registry)
+        registry.enable(True)
 
     def disable_perfusion(self) -> None:
-        """Switch all concepts off, and keep them loaded: the pipeline gives the very pictures it gave without them."""
-        state = self._state("disable")
-        state.words.disable()
-        state.enabled = False
-        state.refresh()
+        """Switch all concepts off, and keep them loaded: images are the base model's to the bit.
+
+        Raises:
+            ValueError: if somebody has added tokens to a tokenizer since the concepts were loaded.
+        """
+        self._registry("disable").enable(False)
 
     def delete_perfusion(self, names: str | Sequence[str]) -> None:
         """Unload some concepts.
@@ -274,39 +246,38 @@ class PerfusionLoaderMixin(AsideMixin):
         """
         names = [names] if isinstance(names, str) else list(names)
         self._check_loaded(names)
+        registry = self._registry("delete")
         for name in dict.fromkeys(names):
-            state = self._state("delete")
-            state.words.remove(state.loaded[name].concept.placeholder_token)
-            del state.loaded[name]
-            state.active = [other for other in state.active if other != name]
-            state.refresh()
-            if not state.loaded:
-                self.unload_perfusion()
-
-    def unload_perfusion(self) -> None:
-        """Unload every concept and leave the pipeline as it was, its very attention processors included."""
-        state = get_state(edited_model(self))
-        if state is not None:
-            state.words.disable()
+            registry.remove(name)
+        if not registry.loaded:
             detach(edited_model(self))
 
+    def unload_perfusion(self) -> None:
+        """Unload every concept and leave the pipeline as it was, its very attention processors included.
+
+        Raises:
+            ValueError: if somebody has added tokens to a tokenizer since the concepts were loaded.
+        """
+        if names := self.list_perfusion():
+            self.delete_perfusion(names)
+
     def list_perfusion(self) -> list[str]:
-        """Names of the loaded concepts."""
-        state = get_state(edited_model(self))
-        return [] if state is None else list(state.loaded)
+        """Return the names of the loaded concepts."""
+        registry = registry_of(edited_model(self))
+        return [] if registry is None else list(registry.loaded)
 
     def get_active_perfusion(self) -> list[str]:
-        """Names of the concepts that edit; none while concepts are disabled."""
-        state = get_state(edited_model(self))
-        return [] if state is None or not state.enabled else list(state.active)
+        """Return the names of the concepts that edit; none while concepts are disabled."""
+        registry = registry_of(edited_model(self))
+        return [] if registry is None or not registry.enabled else list(registry.active)
 
     def save_perfusion(
         self, save_directory: str | os.PathLike, concept_name: str | None = None, weight_name: str = WEIGHT_NAME
     ) -> Path:
-        """Write a loaded concept, under the word it has here, into a folder, and return the file's path.
+        """Write a loaded concept, with the placeholder token it has here, into a folder, and return the file's path.
 
         Args:
-            save_directory: the folder; it is made if it is not there.
+            save_directory: the folder; it is created if it does not exist.
             concept_name: which one; may be left out if only one is loaded.
             weight_name: name of the file.
 
@@ -330,27 +301,27 @@ class PerfusionLoaderMixin(AsideMixin):
         commit_message: str | None = None,
         revision: str | None = None,
     ) -> CommitInfo:
-        """Upload a loaded concept, under the word it has here, with a card, to the Hugging Face Hub.
+        """Upload a loaded concept, with the placeholder token it has here and a card, to the Hugging Face Hub.
 
         Args:
-            repo_id: id of the repository; it is made if it is not there.
+            repo_id: id of the repository; it is created if it does not exist.
             concept_name: which one; may be left out if only one is loaded.
             weight_name: name of the file there, for a repository of several concepts.
-            samples: pictures drawn with it, each after its prompt. They replace those of an earlier push.
+            samples: images generated with it, each after its prompt. They replace those of an earlier push.
             sweep: scores at other settings, rows with the same columns, for the card of a repository with one concept.
             license: id of the licence, as the Hub names it; by default the one the card has already, if any.
             private: whether a new repository is private; by default as the owner's are.
             token: of a user who may write to it; by default the stored one.
             create_pr: open a pull request and leave the branch as it is.
-            commit_message: by default it names the concept's word.
-            revision: branch to push to, made if it is not there; by default `main`.
+            commit_message: by default it names the placeholder token.
+            revision: branch to push to, created if it does not exist; by default `main`.
 
         Raises:
-            ValueError: if the concept is not loaded, or none is named and several are; and as `hub.push_concept`.
-            OSError: if the Hub cannot be reached or refuses. It says what is on the Hub then; the same call goes on.
+            ValueError: if the concept is not loaded, or none is named and several are; and as
+                `PerfusionConcept.push_to_hub`.
+            OSError: if the Hub cannot be reached or refuses. It says what is on the Hub then; the same call resumes.
         """
-        return push_concept(
-            self._one_concept("push", concept_name),
+        return self._one_concept("push", concept_name).push_to_hub(
             repo_id,
             weight_name=weight_name,
             samples=samples,
@@ -364,43 +335,34 @@ class PerfusionLoaderMixin(AsideMixin):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline as the diffusers pipeline it is, which any diffusers loads, and its concepts beside it.
+        """Save the pipeline as a stock diffusers pipeline, and its concepts beside the models.
 
         The concepts go to `perfusion/<concept name>.safetensors`, from where `PerfusionPipeline.from_pretrained` of
         the folder loads them again, all active and with their own settings, and any that were there before.
 
         Arguments are those of `DiffusionPipeline.save_pretrained`.
         """
-        kind = type(self)
-        plain = next(
-            c for c in kind.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, PerfusionLoaderMixin)
-        )
-        if (state := get_state(edited_model(self))) is not None:
-            for name, entry in state.loaded.items():
+        if (registry := registry_of(edited_model(self))) is not None:
+            for name, entry in registry.loaded.items():
                 entry.concept.save(Path(save_directory) / CONCEPTS / f"{quote(name, safe='')}.safetensors")
-        with self._aside():
-            # A pipeline is saved under the name of its class.
-            self.__class__ = plain  # type: ignore[assignment]
-            try:
-                plain.save_pretrained(self, save_directory, *args, **kwargs)
-            finally:
-                self.__class__ = kind
+        with self._detached():
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _one_concept(self, action: str, concept_name: str | None) -> PerfusionConcept:
-        """The concept of that name, or the only one."""
-        state = self._state(action)
+        """Return the concept of a name, or the only one."""
+        registry = self._registry(action)
         if concept_name is None:
-            if len(state.loaded) > 1:
-                raise ValueError(f"several concepts are loaded; name one of {', '.join(state.loaded)}")
-            concept_name = next(iter(state.loaded))
+            if len(registry.loaded) > 1:
+                raise ValueError(f"several concepts are loaded; name one of {', '.join(registry.loaded)}")
+            concept_name = next(iter(registry.loaded))
         self._check_loaded([concept_name])
-        return state.loaded[concept_name].concept
+        return registry.loaded[concept_name].concept
 
-    def _state(self, action: str) -> PerfusionState:
-        state = get_state(edited_model(self))
-        if state is None:
+    def _registry(self, action: str) -> ConceptRegistry:
+        registry = registry_of(edited_model(self))
+        if registry is None:
             raise ValueError(f"there is no concept to {action}; load one with load_perfusion() first")
-        return state
+        return registry
 
     def _check_loaded(self, names: Sequence[str]) -> None:
         loaded = self.list_perfusion()
@@ -408,16 +370,19 @@ class PerfusionLoaderMixin(AsideMixin):
             if name not in loaded:
                 raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(loaded) or 'none'}")
 
-    def _check_processors(self) -> None:
-        if replaced := replaced_layers(self._state("check")):
-            logger.warning(
-                f"The attention processors of {len(replaced)} layers were replaced after concepts were loaded (now "
-                f"{', '.join(sorted(set(replaced.values())))}); call enable_perfusion() to put the concepts back."
-            )
+
+def _restore(
+    registry: ConceptRegistry, active: list[str], locking: Locking, settings: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Restore the settings from before a `with` statement, for the concepts that are still loaded."""
+    for name, (bias, temperature) in settings.items():
+        if name in registry.loaded:
+            registry.loaded[name].bias, registry.loaded[name].temperature = bias, temperature
+    registry.configure(active=[name for name in active if name in registry.loaded], locking=locking)
 
 
 def _one_each(name: str, value: Any, count: int) -> list[str | None]:
-    """A name or word for each of several sources."""
+    """Return one name or token per source, or None for each if there is none."""
     if value is None:
         return [None] * count
     values = [value] if isinstance(value, str) else list(value)
@@ -426,16 +391,16 @@ def _one_each(name: str, value: Any, count: int) -> list[str | None]:
     return values
 
 
-def _setting(name: str, value: Any, defaults: dict[str, float]) -> dict[str, float]:
-    """A setting for each concept from a number for all, a number each, numbers by name, or None."""
+def _setting(name: str, value: Any, names: Sequence[str]) -> dict[str, float]:
+    """Return the values of a setting by concept, from a number for all, a number each, numbers by name, or None."""
     if value is None:
-        return defaults
+        return {}
     if isinstance(value, Mapping):
-        if unknown := value.keys() - defaults.keys():
-            raise ValueError(f"{name} is given for {', '.join(sorted(unknown))}; expected only {', '.join(defaults)}")
-        return defaults | dict(value)
+        if unknown := value.keys() - set(names):
+            raise ValueError(f"{name} is given for {', '.join(sorted(unknown))}; expected only {', '.join(names)}")
+        return dict(value)
     if isinstance(value, (list, tuple)):
-        if len(value) != len(defaults):
-            raise ValueError(f"{name} has {len(value)} numbers for {len(defaults)} concepts; expected one each")
-        return dict(zip(defaults, value, strict=True))
-    return dict.fromkeys(defaults, value)
+        if len(value) != len(names):
+            raise ValueError(f"{name} has {len(value)} numbers for {len(names)} concepts; expected one each")
+        return dict(zip(names, value, strict=True))
+    return dict.fromkeys(names, value)

@@ -1,4 +1,4 @@
-"""Draw one concept in several pipelines and beside other things: above the super-category, below the concept.
+"""Generate with one concept in several pipelines: the super-class in the upper row, the concept in the lower one.
 
 python examples/combinations.py --output combinations.png
 """
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from diffusers_perfusion import add_perfusion
-from diffusers_perfusion.evaluation.sheets import draw_sheet
+from diffusers_perfusion.evaluation.contact_sheet import make_contact_sheet
 
 EXAMPLES = Path(__file__).parent
 
@@ -30,7 +30,7 @@ def make(kind=StableDiffusionPipeline, **settings):
     return add_perfusion(pipe)
 
 
-def draw(pipe, prompt, **settings):
+def generate(pipe, prompt, **settings):
     settings = {"num_inference_steps": 25, "guidance_scale": 5.0} | settings
     return pipe(prompt, generator=torch.Generator().manual_seed(0), **settings).images[0]
 
@@ -41,15 +41,15 @@ def few_steps():
     return pipe
 
 
-def from_picture(pipe, prompt):
-    return draw(pipe, prompt, image=draw(make(), "a mug in space"), strength=0.8)
+def from_image(pipe, prompt):
+    return generate(pipe, prompt, image=generate(make(), "a mug in space"), strength=0.8)
 
 
 def inside(pipe, prompt):
-    image = draw(make(), "a mug on a car")
+    image = generate(make(), "a mug on a car")
     mask = Image.new("L", image.size)
     ImageDraw.Draw(mask).rectangle((8, 8, 56, 56), fill=255)
-    return draw(pipe, prompt, image=image, mask_image=mask, height=64, width=64, strength=1.0)
+    return generate(pipe, prompt, image=image, mask_image=mask, height=64, width=64, strength=1.0)
 
 
 def weighted(pipe, prompt):
@@ -58,7 +58,7 @@ def weighted(pipe, prompt):
         encoded, empty = compel(prompt), compel("")
     if pipe.list_perfusion():
         pipe.mark_perfusion(encoded)
-    return draw(pipe, None, prompt_embeds=encoded, negative_prompt_embeds=empty)
+    return generate(pipe, None, prompt_embeds=encoded, negative_prompt_embeds=empty)
 
 
 def int8():
@@ -67,24 +67,24 @@ def int8():
     return pipe
 
 
-# What makes a pipeline, what draws with it, and a prompt.
+# A function that makes a pipeline, one that generates with it, and a prompt.
 CASES = {
-    "text to image": (make, draw, "a {} on the beach"),
+    "text to image": (make, generate, "a {} on the beach"),
     "DPM-Solver++, ten steps": (
         few_steps,
-        lambda pipe, prompt: draw(pipe, prompt, num_inference_steps=10),
+        lambda pipe, prompt: generate(pipe, prompt, num_inference_steps=10),
         "a {} on the beach",
     ),
-    "image to image, from a mug": (lambda: make(StableDiffusionImg2ImgPipeline), from_picture, "a {} in space"),
+    "image to image, from a mug": (lambda: make(StableDiffusionImg2ImgPipeline), from_image, "a {} in space"),
     "inpainting, in place of a mug": (lambda: make(StableDiffusionInpaintPipeline), inside, "a {} on a car"),
     "perturbed attention guidance": (
         lambda: make(StableDiffusionPAGPipeline, pag_applied_layers=["mid"]),
-        lambda pipe, prompt: draw(pipe, prompt, pag_scale=1.0),
+        lambda pipe, prompt: generate(pipe, prompt, pag_scale=1.0),
         "a {} in the snow",
     ),
     "weighted prompt (compel)": (make, weighted, "a {} with a (top hat)1.4"),
-    "bfloat16": (lambda: make(torch_dtype=torch.bfloat16), draw, "a {} under water"),
-    "int8 weights (torchao)": (int8, draw, "a {} under water"),
+    "bfloat16": (lambda: make(torch_dtype=torch.bfloat16), generate, "a {} under water"),
+    "int8 weights (torchao)": (int8, generate, "a {} under water"),
 }
 
 
@@ -96,16 +96,16 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("combinations.png"))
     arguments = parser.parse_args()
     rows = []
-    for word in (arguments.superclass, arguments.placeholder_token):
-        pictures = []
-        for make_pipe, draw_with, prompt in CASES.values():
+    for words in (arguments.superclass, arguments.placeholder_token):
+        images = []
+        for make_pipe, generate_with, prompt in CASES.values():
             pipe = make_pipe()
-            if word == arguments.placeholder_token:
+            if words == arguments.placeholder_token:
                 pipe.load_perfusion(arguments.concept)
-            pictures.append(draw_with(pipe, prompt.format(word)))
-        rows.append((word, pictures))
+            images.append(generate_with(pipe, prompt.format(words)))
+        rows.append((words, images))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(rows, list(CASES), label_width=90).save(arguments.output)
+    make_contact_sheet(rows, list(CASES), label_width=90).save(arguments.output)
     print(f"{arguments.output} ({arguments.output.stat().st_size:,} bytes)")
 
 

@@ -1,4 +1,4 @@
-"""Draw a contact sheet: the pictures, the bare super-category, and the concept in eight prompts at several biases.
+"""Make a contact sheet: training images, the super-class alone, and the concept in eight prompts at several biases.
 
     python examples/contact_sheet.py --pretrained_model_name_or_path examples/pocket \
         --concept my-bear --instance_data_dir examples/data/teddy_bear --output my-bear/sheet.png
@@ -8,19 +8,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
-from diffusers_perfusion import PerfusionPipeline
-from diffusers_perfusion.concept import PerfusionConcept
-from diffusers_perfusion.evaluation.sheets import draw_sheet
-from diffusers_perfusion.evaluation.sweep import PROMPTS
-from diffusers_perfusion.hub import find_concept_file
-from diffusers_perfusion.pictures import read_pictures
+from diffusers_perfusion.cli.quiet import silence_libraries
 
 SIDE = 128
 
 
-def draw(pipeline, prompts, arguments):
-    """One picture a prompt, each from the same noise whatever else is in the batch."""
+def generate(pipeline, prompts, arguments):
+    """Generate one image per prompt, each from the same noise whatever else is in the batch."""
     return pipeline(
         prompts,
         num_inference_steps=arguments.num_inference_steps,
@@ -33,30 +29,40 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", required=True)
     parser.add_argument("--concept", required=True, help="Hub id, folder or file of the concept.")
-    parser.add_argument("--instance_data_dir", required=True, help="The pictures it was fitted to.")
+    parser.add_argument("--instance_data_dir", required=True, help="Folder with its training images.")
     parser.add_argument("--output", type=Path, default=Path("sheet.png"))
-    parser.add_argument("--bias", type=float, nargs="+", default=(0.8, 1.5, 1.8), help="A row of pictures for each.")
+    parser.add_argument("--bias", type=float, nargs="+", default=(0.8, 1.5, 1.8), help="A row of images for each.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
+    silence_libraries()  # before the imports that log
+    from diffusers_perfusion import PerfusionConcept, PerfusionPipeline
+    from diffusers_perfusion.evaluation.contact_sheet import make_contact_sheet
+    from diffusers_perfusion.evaluation.sweep import PROMPTS
+    from diffusers_perfusion.hub import find_concept_file
+    from diffusers_perfusion.training.images import read_images
+
     pipeline = PerfusionPipeline.from_pretrained(arguments.pretrained_model_name_or_path, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipeline.to("cuda", torch.float16)
     concept = PerfusionConcept.load(find_concept_file(arguments.concept))
-    pictures = [picture.image for picture in read_pictures(arguments.instance_data_dir, SIDE)]
-    rows = [("its pictures", pictures)]
-    plain = [prompt.format(concept.superclass) for prompt in PROMPTS]
-    rows.append((f"the base model:\n{concept.superclass}", draw(pipeline, plain, arguments)))
-    pipeline.load_perfusion(concept)
-    prompts = [prompt.format(concept.placeholder_token) for prompt in PROMPTS]
-    rows.append((f"{concept.placeholder_token}\n(bias {concept.bias})", draw(pipeline, prompts, arguments)))
-    for bias in arguments.bias:
-        pipeline.set_perfusion(bias=bias)
-        rows.append((f"{concept.placeholder_token}\nbias {bias}", draw(pipeline, prompts, arguments)))
+    # Each row: its label, the text for `{}` in the prompts, and the bias; None keeps the bias that is set.
+    token = concept.placeholder_token
+    settings = [(f"the base model:\n{concept.superclass}", concept.superclass, None)]
+    settings += [(f"{token}\n(bias {concept.bias})", token, None)]
+    settings += [(f"{token}\nbias {bias}", token, bias) for bias in arguments.bias]
+    rows = [("its pictures", [image.image for image in read_images(arguments.instance_data_dir, SIDE)])]
+    for label, words, bias in tqdm(settings, desc="Contact sheet", unit="row"):
+        if words == token and not pipeline.list_perfusion():
+            pipeline.load_perfusion(concept)
+        if bias is not None:
+            pipeline.set_perfusion(bias=bias)
+        rows.append((label, generate(pipeline, [prompt.format(words) for prompt in PROMPTS], arguments)))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(rows, [prompt.format("…") for prompt in PROMPTS], side=SIDE).save(arguments.output)
+    make_contact_sheet(rows, [prompt.format("…") for prompt in PROMPTS], side=SIDE).save(arguments.output)
     print(f"{arguments.output} ({arguments.output.stat().st_size:,} bytes)")
 
 

@@ -1,4 +1,4 @@
-"""An author fits a concept and shares it; a reader with nothing but its id draws the very same picture.
+"""An author trains a concept and shares it; a reader with nothing but its id generates the same image, bit for bit.
 
     python examples/share_concept.py --output_dir demo/share
 
@@ -51,7 +51,7 @@ def main():
         author = hub | {"HF_HOME": str(folder / "author-home"), "HF_TOKEN": "hf_me"}
         reader = hub | {"HF_HOME": str(folder / "reader-home"), "HF_TOKEN": ""}
         perfusion(
-            "fit",
+            "train",
             *("--pretrained_model_name_or_path", "me/pocket"),
             *("--instance_data_dir", str(HERE / "data" / "teddy_bear")),
             *("--placeholder_token", "<my-bear>"),
@@ -67,27 +67,28 @@ def main():
             *("--hub_model_id", "me/my-bear"),
             **author,
         )
-        drawing = (
+        generate = (
+            "generate",
             *("--pretrained_model_name_or_path", "me/pocket"),
             *("--prompt", prompt),
             *("--num_inference_steps", arguments.num_inference_steps),
         )
-        draw = ("generate", *drawing, "--output_dir")
-        perfusion(*draw, str(folder / "author"), "--concept", str(folder / "author"), **author)
+        perfusion(*generate, "--output_dir", str(folder / "author"), "--concept", str(folder / "author"), **author)
         perfusion("search", "me/pocket", **reader)
         perfusion("info", "me/my-bear", **reader)
-        # All that the author has shared, to look at.
+        # A copy of the whole repository, to look at.
         copy = "import sys, huggingface_hub as hub; hub.snapshot_download('me/my-bear', local_dir=sys.argv[1])"
         subprocess.run([sys.executable, "-c", copy, str(folder / "shared")], check=True, env={**os.environ, **reader})
-        perfusion(*draw, str(folder / "reader"), "--concept", "me/my-bear", **reader)
-        perfusion(*draw, str(folder / "offline"), "--concept", "me/my-bear", **reader | {"HF_HUB_OFFLINE": "1"})
+        shared = ("--concept", "me/my-bear", "--output_dir")
+        perfusion(*generate, *shared, str(folder / "reader"), **reader)
+        perfusion(*generate, *shared, str(folder / "offline"), **reader | {"HF_HUB_OFFLINE": "1"})
     finally:
         server.communicate()
 
-    pictures = [next((folder / who).glob("00-*.png")).read_bytes() for who in ("author", "reader", "offline")]
-    if len(set(pictures)) > 1:
-        sys.exit("The pictures differ.")
-    print("\nThe author, the reader, and the reader offline have drawn the same picture, bit for bit.")
+    images = [next((folder / who).glob("00-*.png")).read_bytes() for who in ("author", "reader", "offline")]
+    if len(set(images)) > 1:
+        sys.exit("The images differ.")
+    print("\nThe author, the reader and the reader offline have generated the same image, bit for bit.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fit a Perfusion concept, on one process or many.
+"""Train a Perfusion concept: the training loop, to read and to change.
 
     accelerate launch examples/train_perfusion.py \
         --pretrained_model_name_or_path examples/pocket \
@@ -6,14 +6,89 @@
         --placeholder_token "<my-bear>" --superclass "teddy bear" \
         --output_dir my-bear
 
-The flags are those of `perfusion fit`; `--help` lists them. What a fit does is in `diffusers_perfusion.training`.
+In full precision `perfusion train` gives the same concept, with checkpoints, validation, sharing and more settings.
 """
 
 import argparse
+from pathlib import Path
 
-from diffusers_perfusion.cli import add_fit_arguments, fit
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from diffusers_perfusion import add_perfusion
+from diffusers_perfusion.model_families import family_of
+from diffusers_perfusion.training import PerfusionTrainer, TrainingConfig
+from diffusers_perfusion.training.covariance import cached_covariance, invert
+from diffusers_perfusion.training.images import read_images, to_tensor
+from diffusers_perfusion.training.masks import subject_masks
+from diffusers_perfusion.training.training_data import make_training_data
+
+
+def parse_config():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base model.")
+    parser.add_argument("--instance_data_dir", required=True, help="Folder with about five images of the subject.")
+    parser.add_argument("--placeholder_token", required=True, help="Token that calls the concept in a prompt.")
+    parser.add_argument("--superclass", required=True, help="Super-class of the subject, such as 'teddy bear'.")
+    parser.add_argument("--output_dir", default="perfusion-concept", help="Folder for the concept file.")
+    parser.add_argument("--mask", default="auto", help="Source of masks: auto, alpha, attention, clipseg or none.")
+    parser.add_argument("--covariance", help="File with one caption per line; by default the base model's.")
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--max_train_steps", type=int, default=250)
+    parser.add_argument("--lr_warmup_steps", type=int, default=5)
+    parser.add_argument("--value_learning_rate", type=float, default=0.03)
+    parser.add_argument("--embedding_learning_rate", type=float, default=0.003)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
+    parser.add_argument("--seed", type=int, default=0)
+    return TrainingConfig(**vars(parser.parse_args()))
+
+
+def main():
+    config = parse_config()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+
+    # The base model is frozen: only the concept is trained.
+    pipeline = add_perfusion(DiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path))
+    family = family_of(pipeline)
+    model = family.model
+    for part in (pipeline.vae, *family.text_encoders, model):
+        part.to(accelerator.device, torch.float32).requires_grad_(False).eval()
+
+    # Images of the subject become latents, and masks say where the subject is in them.
+    resolution = family.default_resolution
+    images = read_images(config.instance_data_dir, resolution, seed=config.seed)
+    masks, mask_source = subject_masks(
+        config.mask, images, config.instance_data_dir, config.superclass, pipeline, config.seed
+    )
+    pixels = to_tensor([image.image for image in images])
+    data = make_training_data(family, pipeline.vae, pixels, masks, config.random_flip)
+
+    # The inverse of C, the second moment of encoder hidden states, is the metric of the gate's similarity.
+    captions = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
+    c_inv = invert(cached_covariance(family, captions if captions.is_file() else None))
+
+    # The text encoders stay in float32, because the metric depends on the last digits.
+    if accelerator.mixed_precision != "no":
+        model.to(torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16)
+
+    # A step takes a batch by its number, adds noise, predicts with the concept edited in, and updates the concept.
+    trainer = PerfusionTrainer(pipeline, config, accelerator, data, c_inv)
+    progress = tqdm(range(config.max_train_steps), desc="Training", disable=not accelerator.is_local_main_process)
+    for step in progress:
+        loss = trainer.step(step)
+        if step % 10 == 0:  # reading a loss waits for the accelerator
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+
+    if accelerator.is_main_process:
+        concept = trainer.trained_concept(
+            config.max_train_steps, images=len(images), mask=mask_source, resolution=resolution
+        )
+        path = concept.save(Path(config.output_dir) / "perfusion.safetensors")
+        print(f"{path} ({path.stat().st_size:,} bytes): {concept.placeholder_token}")
+    accelerator.end_training()
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_fit_arguments(parser)
-    fit(**vars(parser.parse_args()))
+    main()

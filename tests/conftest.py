@@ -33,6 +33,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPTokenizerFast,
     Dinov2Config,
     Dinov2Model,
     Gemma2Config,
@@ -52,10 +53,10 @@ from diffusers_perfusion import (
     PerfusionSanaPipeline,
     PerfusionXLPipeline,
 )
-from diffusers_perfusion.attention import cross_attention_layers
-from diffusers_perfusion.families import edited_model, text_encoders
-from diffusers_perfusion.text import superclass_input
-from diffusers_perfusion.training.learner import Learner
+from diffusers_perfusion.model_families import family_of
+from diffusers_perfusion.registry import ConceptRegistry
+from diffusers_perfusion.training.superclass import superclass_input
+from diffusers_perfusion.training.trainer import PerfusionTrainer
 
 # Tiny models gain nothing from more threads, which would wait for each other on a busy machine.
 torch.set_num_threads(1)
@@ -86,7 +87,7 @@ WORDS = (
 def hugging_face_home(tmp_path, monkeypatch):
     """An empty Hugging Face home for each test, so that no test sees what another or a user has cached."""
     home = tmp_path / "hugging-face"
-    monkeypatch.setattr("diffusers_perfusion.covariance.HF_HOME", str(home))
+    monkeypatch.setattr("diffusers_perfusion.training.covariance.HF_HOME", str(home))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(home / "hub"), raising=False)  # of 4.x
     return home
@@ -216,6 +217,15 @@ def components(tokenizer_folder):
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+
+
+@pytest.fixture
+def fast_tokenizer(components, tokenizer_folder):
+    """Give the components a tokenizer of the tokenizers library, whose added tokens can ignore case.
+
+    In transformers 4 the other is none of these; there the pipelines find tokens in any case, and not the tokenizer.
+    """
+    components["tokenizer"] = CLIPTokenizerFast.from_pretrained(tokenizer_folder)
 
 
 @pytest.fixture
@@ -408,15 +418,15 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
-    texts, layers = text_encoders(pipeline), cross_attention_layers(edited_model(pipeline))
-    i_super = superclass_input(texts, superclass)
+    family, layers = family_of(pipeline), family_of(pipeline).layers
+    i_super = superclass_input(family, superclass)
     i_star = i_super + 0.3 * random(len(i_super))
-    embeddings = [random(model.config.hidden_size) for model in texts.models]
+    embeddings = [random(model.config.hidden_size) for model in family.text_encoders]
     return PerfusionConcept(
         **{
             "placeholder_token": word,
             "superclass": superclass,
-            **dict(zip(("word_embedding", "word_embedding_2"), embeddings, strict=False)),
+            "token_embeddings": embeddings,
             "target_input": i_star,
             "inverse_target_input": i_star + 0.3 * random(len(i_super)),
             "superclass_input": i_super,
@@ -431,6 +441,38 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
 def make_concept(pipeline):
     """Make a random concept for `pipeline`."""
     return partial(random_concept, pipeline)
+
+
+@pytest.fixture
+def family(pipeline):
+    """The family of `pipeline`."""
+    return family_of(pipeline)
+
+
+@pytest.fixture
+def registry(family):
+    """A registry without a concept, connected to the text encoder of `pipeline`."""
+    registry = ConceptRegistry(family)
+    registry.connect(family)
+    return registry
+
+
+@pytest.fixture
+def load(registry, make_concept):
+    """Load a random concept into `registry`."""
+
+    def run(name, seed=0, superclass="cat", **fields):
+        concept = make_concept(f"<{name}>", superclass, seed, **fields)
+        registry.add(name, concept)
+        return concept
+
+    return run
+
+
+@pytest.fixture
+def encode(family):
+    """Return the hidden states of prompts."""
+    return torch.no_grad()(lambda *prompts: family.encode(family.tokenize(prompts)).hidden_states)
 
 
 @pytest.fixture
@@ -454,9 +496,9 @@ def generate(pipeline):
 
 
 @pytest.fixture
-def pictures_folder(tmp_path):
-    """A folder with three pictures for the tiny pipeline, of different shapes and colours."""
-    folder = tmp_path / "pictures"
+def images_folder(tmp_path):
+    """A folder with three images for the tiny pipeline, of different shapes and colours."""
+    folder = tmp_path / "images"
     folder.mkdir()
     random = np.random.default_rng(0)
     for number, (width, height) in enumerate([(16, 16), (24, 16), (20, 28)], start=1):
@@ -466,13 +508,13 @@ def pictures_folder(tmp_path):
 
 
 @pytest.fixture
-def fit_settings(tmp_path, pictures_folder, fresh_accelerate):
-    """Settings of a `FitConfig` for a short fit on the tiny pipeline."""
+def training_settings(tmp_path, images_folder, fresh_accelerate):
+    """Settings of a `TrainingConfig` for a short training on the tiny pipeline."""
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\na dog on the beach\na good picture of the teddy bear\nan image of a photo\n")
     return {
         "pretrained_model_name_or_path": "tiny",
-        "instance_data_dir": str(pictures_folder),
+        "instance_data_dir": str(images_folder),
         "placeholder_token": "<my-cat>",
         "superclass": "cat",
         "output_dir": str(tmp_path / "output"),
@@ -486,18 +528,18 @@ def fit_settings(tmp_path, pictures_folder, fresh_accelerate):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """Make a fit fail at a step; nothing is raised in a fit started after that."""
+    """Make training fail at a step; nothing is raised in a training started after that."""
 
     def stop_at(index, error):
-        step = Learner.step
+        step = PerfusionTrainer.step
 
         def stopping(self, current):
             if current == index:
-                monkeypatch.setattr(Learner, "step", step)
+                monkeypatch.setattr(PerfusionTrainer, "step", step)
                 raise error
             return step(self, current)
 
-        monkeypatch.setattr(Learner, "step", stopping)
+        monkeypatch.setattr(PerfusionTrainer, "step", stopping)
 
     return stop_at
 

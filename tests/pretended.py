@@ -1,9 +1,9 @@
 """A pretended accelerator, so that what goes wrong on one goes wrong on any machine.
 
-    python tests/pretended.py REPORT fit --pretrained_model_name_or_path ...
+    python tests/pretended.py REPORT train --pretrained_model_name_or_path ...
 
 runs the command line on it. It computes on the CPU, but its tensors do not mix with those of the CPU. How many it had
-goes to the file REPORT, and what each step of a fit would have waited for: a list for each step. It has no memory to
+goes to the file REPORT, and what each training step would have waited for: a list for each step. It has no memory to
 run out of, and no kernels of its own.
 """
 
@@ -23,7 +23,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 import diffusers_perfusion
 from diffusers_perfusion.cli import main
-from diffusers_perfusion.training.learner import Learner
+from diffusers_perfusion.training.trainer import PerfusionTrainer
 
 aten = torch.ops.aten
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
@@ -166,7 +166,7 @@ def wait(what):
 
 def run(report, *argv):
     """The command line on the pretended accelerator; its exit status."""
-    steps, step = [], Learner.step
+    steps, step = [], PerfusionTrainer.step
 
     def watched(self, index):
         if index == 0:
@@ -177,7 +177,7 @@ def run(report, *argv):
         return loss
 
     with (
-        patch.object(Learner, "step", watched),
+        patch.object(PerfusionTrainer, "step", watched),
         patch.object(Accelerator, "device", DEVICE),
         patch.object(torch, "Generator", Generator),
         Computing(),

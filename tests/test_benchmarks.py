@@ -1,14 +1,14 @@
-"""The timed scripts run and write what they say; how long anything takes is not asserted."""
+"""The benchmark scripts run and write their results; no time is asserted."""
 
 import json
 
-import fit as fit_benchmark
-import fit_memory
 import inference
 import load
 import memory
 import pytest
 import timing
+import training_memory
+import training_step
 from accelerate.state import AcceleratorState
 
 
@@ -20,9 +20,8 @@ def read(path):
 
 def test_inference(tmp_path, capsys):
     inference.main(["--num_inference_steps", "2", "--repeats", "1", "--output", str(tmp_path / "new" / "out.json")])
-    data, rows = read(tmp_path / "new" / "out.json")
-    assert rows["stock"]["ratio"] == 1.0 and len(rows) == 5
-    assert data["bytes_held"] > 0
+    _, rows = read(tmp_path / "new" / "out.json")
+    assert rows["stock"]["ratio"] == 1.0 and len(rows) == 4
     assert "| one concept |" in capsys.readouterr().out
 
 
@@ -32,11 +31,11 @@ def test_load(tmp_path):
     assert all(len(row["seconds"]) == 2 for row in rows.values())
 
 
-def test_fit(tmp_path, monkeypatch, fresh_accelerate):
-    monkeypatch.setattr(fit_benchmark, "RIVALS", {"LoRA, rank 4": ("lora", {"rank": 4})})
-    monkeypatch.setattr(fit_benchmark, "peak_bytes", lambda name, bench: 1)  # takes a process each
-    monkeypatch.setattr(fit_benchmark, "matrix_rate", lambda device: 1e9)
-    fit_benchmark.main(["--steps", "1", "--repeats", "1", "--output", str(tmp_path / "out.json")])
+def test_training_step(tmp_path, monkeypatch, fresh_accelerate):
+    monkeypatch.setattr(training_step, "BASELINES", {"LoRA, rank 4": ("lora", {"rank": 4})})
+    monkeypatch.setattr(training_step, "peak_bytes", lambda name, bench: 1)  # takes a process each
+    monkeypatch.setattr(training_step, "matrix_rate", lambda device: 1e9)
+    training_step.main(["--steps", "1", "--repeats", "1", "--output", str(tmp_path / "out.json")])
     _, rows = read(tmp_path / "out.json")
     assert rows["Perfusion"]["ratio"] == 1.0
     assert rows["LoRA, rank 4, as its script"]["floor_ms"] > rows["LoRA, rank 4"]["floor_ms"] > 0
@@ -45,19 +44,19 @@ def test_fit(tmp_path, monkeypatch, fresh_accelerate):
 def test_memory_is_what_the_system_says(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
     memory.STATUS.write_text("Name:\tpython\nVmHWM:\t    34 kB\nVmRSS:\t    12 kB\n")
-    assert (memory.now("cpu"), memory.most("cpu")) == (12 * 1024, 34 * 1024)
+    assert (memory.in_use("cpu"), memory.peak("cpu")) == (12 * 1024, 34 * 1024)
 
 
-def test_fit_memory(tmp_path, monkeypatch, fresh_accelerate, capsys):
+def test_training_memory(tmp_path, monkeypatch, fresh_accelerate, capsys):
     def measure_here(*args):
         AcceleratorState._reset_state()
-        return fit_memory.measure(*args)
+        return training_memory.measure(*args)
 
-    monkeypatch.setattr(fit_memory, "measure_alone", measure_here)
-    monkeypatch.setattr(fit_memory, "forget_most", lambda device: None)  # only Linux can
-    monkeypatch.setattr(fit_memory, "now", lambda device: 1)
-    monkeypatch.setattr(fit_memory, "most", lambda device: 3)
-    fit_memory.main(["--model", "pocket", "--batch_size", "2", "--output", str(tmp_path / "out.json")])
+    monkeypatch.setattr(training_memory, "measure_alone", measure_here)
+    monkeypatch.setattr(training_memory, "reset_peak", lambda device: None)  # only Linux can
+    monkeypatch.setattr(training_memory, "in_use", lambda device: 1)
+    monkeypatch.setattr(training_memory, "peak", lambda device: 3)
+    training_memory.main(["--model", "pocket", "--batch_size", "2", "--output", str(tmp_path / "out.json")])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["gradient_checkpointing"] for row in rows] == [False, True, False, True]
     assert {row["peak_bytes"] for row in rows} == {2}

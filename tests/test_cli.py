@@ -6,21 +6,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_pixart
 from diffusers import PixArtSigmaPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from diffusers_perfusion import PerfusionConcept
 from diffusers_perfusion.cli import main
-from diffusers_perfusion.evaluation import Judge, Scores, Sweep
-from diffusers_perfusion.training import FitConfig
-from diffusers_perfusion.training.learner import Learner
+from diffusers_perfusion.evaluation import ConceptMetrics, Scores, Sweep
+from diffusers_perfusion.evaluation.sweep import PROMPTS
+from diffusers_perfusion.training import TrainingConfig
+from diffusers_perfusion.training.trainer import PerfusionTrainer
 
 
 @pytest.fixture
-def fit_arguments(fit_settings, model_folder):
-    settings = fit_settings | {"pretrained_model_name_or_path": str(model_folder)}
-    return ["fit", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
+def training_arguments(training_settings, model_folder):
+    settings = training_settings | {"pretrained_model_name_or_path": str(model_folder)}
+    return ["train", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
 
 
 @pytest.fixture
@@ -33,13 +35,13 @@ def concepts(tmp_path, make_concept):
 
 
 @pytest.fixture
-def draw(tmp_path, model_folder, concepts):
+def generate(tmp_path, model_folder, concepts):
     """Run `perfusion generate` into a new folder, and give its files by name."""
     runs = []
 
     def run(*arguments, concepts=concepts, prompts=("a <my-cat> on the beach",)):
         runs.append(1)
-        folder = tmp_path / f"drawn-{len(runs)}"
+        folder = tmp_path / f"generated-{len(runs)}"
         command = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--num_inference_steps", "2"]
         command += [text for concept in concepts for text in ("--concept", concept)]
         command += [text for prompt in prompts for text in ("--prompt", prompt)]
@@ -62,9 +64,9 @@ def failed(arguments, capsys):
     return sentence.strip()
 
 
-def test_fit(fit_arguments, fit_settings, capsys):
-    assert main([*fit_arguments, "--no-random_flip", "--checkpointing_steps", "2"]) == 0
-    path = Path(fit_settings["output_dir"]) / "perfusion.safetensors"
+def test_train(training_arguments, training_settings, capsys):
+    assert main([*training_arguments, "--no-random_flip", "--checkpointing_steps", "2"]) == 0
+    path = Path(training_settings["output_dir"]) / "perfusion.safetensors"
     concept = PerfusionConcept.load(path)
     assert (concept.placeholder_token, concept.base_model) == ("<my-cat>", "tiny")
     assert (concept.training["random_flip"], concept.training["steps"]) == (False, 4)
@@ -73,38 +75,49 @@ def test_fit(fit_arguments, fit_settings, capsys):
 
 
 @pytest.mark.parametrize("family", ["xl", "pixart"])
-def test_fit_and_generate_know_the_family(family, request, fit_settings, tmp_path, capsys):
+def test_train_and_generate_know_the_family(family, request, training_settings, tmp_path, capsys):
     parts = request.getfixturevalue(f"{family}_components")
     if family == "pixart":
-        parts["transformer"] = make_pixart(32)  # the smallest that its pipeline draws with as it is called
+        parts["transformer"] = make_pixart(32)  # the smallest that its pipeline generates with by default
     kind = StableDiffusionXLPipeline if family == "xl" else PixArtSigmaPipeline
     kind(**parts).save_pretrained(tmp_path / "base")
     base = ["--pretrained_model_name_or_path", str(tmp_path / "base")]
-    settings = fit_settings | {"max_train_steps": 2, "resolution": 16}
+    settings = training_settings | {"max_train_steps": 2, "resolution": 16}
     del settings["pretrained_model_name_or_path"]
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    if family == "xl":  # many pictures of PixArt take long
+    if family == "xl":  # many images of PixArt take long
         flags += ["--validation_prompt", "a <my-cat>", "--validation_steps", "2", "--num_validation_images", "1"]
-    assert main(["fit", *base, *flags]) == 0
-    assert (Path(fit_settings["output_dir"]) / "validation" / "step-000002.png").is_file() == (family == "xl")
-    drawn = ["--concept", fit_settings["output_dir"], "--prompt", "a <my-cat>", "--num_inference_steps", "1"]
-    pictures = []
+    assert main(["train", *base, *flags]) == 0
+    assert (Path(training_settings["output_dir"]) / "validation" / "step-000002.png").is_file() == (family == "xl")
+    generated = ["--concept", training_settings["output_dir"], "--prompt", "a <my-cat>", "--num_inference_steps", "1"]
+    images = []
     for bias in ("0.1", "2"):
         folder = tmp_path / bias
-        assert main(["generate", *base, *drawn, "--bias", bias, "--output_dir", str(folder)]) == 0
-        pictures.append(next(folder.iterdir()).read_bytes())
-    assert pictures[0] != pictures[1]
+        assert main(["generate", *base, *generated, "--bias", bias, "--output_dir", str(folder)]) == 0
+        images.append(next(folder.iterdir()).read_bytes())
+    assert images[0] != images[1]
 
 
-def test_every_setting_of_a_fit_is_a_flag_with_its_help(capsys):
+def test_every_setting_is_a_flag_with_its_help(capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--help"])
+        main(["train", "--help"])
     help = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(FitConfig):
+    for field in dataclasses.fields(TrainingConfig):
         assert f"--{field.name}" in help
         assert "".join(field.metadata["help"].split())[:40] in "".join(help.split())
         if field.default not in (None, dataclasses.MISSING):
             assert f"Default: {field.default}." in help
+
+
+def test_a_table_of_concepts_is_trained(training_settings, model_folder, tmp_path, capsys):
+    table = tmp_path / "concepts.csv"
+    table.write_text(f"placeholder_token,instance_data_dir\n<my-cat>,{training_settings['instance_data_dir']}\n")
+    settings = training_settings | {"pretrained_model_name_or_path": str(model_folder)}
+    del settings["placeholder_token"], settings["instance_data_dir"]
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    assert main(["train", *flags, "--concepts", str(table)]) == 0
+    path = Path(training_settings["output_dir"]) / "my-cat" / "perfusion.safetensors"
+    assert capsys.readouterr().out == f"{path} ({path.stat().st_size:,} bytes): <my-cat>\n"
 
 
 def test_flags_are_parsed_into_their_types(monkeypatch):
@@ -114,16 +127,16 @@ def test_flags_are_parsed_into_their_types(monkeypatch):
         seen.append(config)
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr("diffusers_perfusion.training.make_accelerator", stop)
+    monkeypatch.setattr("diffusers_perfusion.training.training_loop.make_accelerator", stop)
     required = "--pretrained_model_name_or_path m --instance_data_dir d --placeholder_token <x>".split()
-    assert main(["fit", *required, "--superclass", "teddy bear"]) == 1
+    assert main(["train", *required, "--superclass", "teddy bear"]) == 1
     flags = (
         "--resolution 64 --snr_gamma 0 --center_crop --no-random_flip --mixed_precision bf16 --superclass cat".split()
     )
-    assert main(["fit", *required, *flags, "--validation_prompt", "a <x>", "--validation_prompt", "<x> b"]) == 1
+    assert main(["train", *required, *flags, "--validation_prompt", "a <x>", "--validation_prompt", "<x> b"]) == 1
     given = {"pretrained_model_name_or_path": "m", "instance_data_dir": "d", "placeholder_token": "<x>"}
-    assert seen[0] == FitConfig(**given, superclass="teddy bear")
-    assert seen[1] == FitConfig(
+    assert seen[0] == TrainingConfig(**given, superclass="teddy bear")
+    assert seen[1] == TrainingConfig(
         **given,
         superclass="cat",
         resolution=64,
@@ -135,73 +148,97 @@ def test_flags_are_parsed_into_their_types(monkeypatch):
     )
     for wrong in (["--resolution", "big"], ["--mixed_precision", "int3"], ["--unknown", "1"]):
         with pytest.raises(SystemExit, match="2"):
-            main(["fit", *required, "--superclass", "cat", *wrong])
+            main(["train", *required, "--superclass", "cat", *wrong])
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", *required])
+        main(["train", *required])
     assert len(seen) == 2
 
 
-def test_ctrl_c_exits_with_130_and_the_fit_can_go_on(fit_arguments, fit_settings, monkeypatch, caplog, capsys):
-    step = Learner.step
+def test_ctrl_c_exits_with_130_and_training_can_be_resumed(
+    training_arguments, training_settings, monkeypatch, caplog, capsys
+):
+    step = PerfusionTrainer.step
 
     def interrupted(self, index):
         if index == 3:
             raise KeyboardInterrupt
         return step(self, index)
 
-    monkeypatch.setattr(Learner, "step", interrupted)
-    assert main([*fit_arguments, "--checkpointing_steps", "2"]) == 130
+    monkeypatch.setattr(PerfusionTrainer, "step", interrupted)
+    assert main([*training_arguments, "--checkpointing_steps", "2"]) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert "checkpoint-2 with --resume_from_checkpoint latest" in caplog.text
-    monkeypatch.setattr(Learner, "step", step)
-    assert main([*fit_arguments, "--resume_from_checkpoint", "latest"]) == 0
-    path = Path(fit_settings["output_dir"]) / "perfusion.safetensors"
+    monkeypatch.setattr(PerfusionTrainer, "step", step)
+    assert main([*training_arguments, "--resume_from_checkpoint", "latest"]) == 0
+    path = Path(training_settings["output_dir"]) / "perfusion.safetensors"
     assert PerfusionConcept.load(path).training["steps"] == 4
 
 
-def test_generate_draws_each_prompt_with_all_concepts(draw, concepts, capsys):
+def test_generate_makes_images_of_each_prompt_with_all_concepts(generate, concepts, capsys):
     prompts = ("a <my-cat> on the beach", "a <my-dog> & <my-cat>!")
-    files = draw(prompts=prompts)
+    files = generate(prompts=prompts)
     assert list(files) == ["00-a-my-cat-on-the-beach.png", "01-a-my-dog-my-cat.png"]
     assert capsys.readouterr().out.count(".png (") == 2
-    assert draw(prompts=prompts) == files
-    plain = draw(prompts=prompts, concepts=concepts[1:])
+    assert generate(prompts=prompts) == files
+    plain = generate(prompts=prompts, concepts=concepts[1:])
     assert all(plain[name] != files[name] for name in files)
 
 
-def test_settings_of_generate_change_the_picture(draw):
-    def picture(*arguments):
-        (data,) = draw(*arguments).values()
+def test_settings_of_generate_change_the_image(generate):
+    def image(*arguments):
+        (data,) = generate(*arguments).values()
         return data
 
-    plain = picture()
-    assert picture("--seed", "0", "--guidance_scale", "6", "--locking", "local") == plain
-    pictures = {
+    plain = image()
+    assert image("--seed", "0", "--guidance_scale", "6", "--locking", "local") == plain
+    images = {
         plain,
-        picture("--bias", "1.1"),
-        picture("--temperature", "0.5"),
-        picture("--locking", "global"),
-        picture("--guidance_scale", "2"),
-        picture("--num_inference_steps", "3"),
-        picture("--seed", "1"),
+        image("--bias", "1.1"),
+        image("--temperature", "0.5"),
+        image("--locking", "global"),
+        image("--guidance_scale", "2"),
+        image("--num_inference_steps", "3"),
+        image("--seed", "1"),
     }
-    assert len(pictures) == 7
+    assert len(images) == 7
 
 
-def test_a_fitted_concept_is_drawn_from_its_folder(fit_arguments, fit_settings, draw):
-    assert main(fit_arguments) == 0
-    (data,) = draw(concepts=[fit_settings["output_dir"]]).values()
-    assert data != next(iter(draw().values()))
+def test_a_token_that_is_taken_gets_a_number(generate, concepts, capsys):
+    twice = [concepts[0], concepts[0], concepts[0]]
+    files = generate(concepts=twice, prompts=("a <my-cat>", "a <my-cat-2>", "a <my-cat-3>"))
+    errors = capsys.readouterr().err
+    assert f"perfusion: <my-cat> is loaded already; {concepts[0]} is <my-cat-2>\n" in errors
+    assert "is <my-cat-3>\n" in errors
+    assert "none of the placeholder tokens" not in errors
+    assert len({*files.values()}) == 1
+
+
+def test_a_prompt_without_a_placeholder_token_gets_a_line(generate, capsys):
+    generate(prompts=("a cat",))
+    assert "the prompt 'a cat' has none of the placeholder tokens <my-cat>, <my-dog>\n" in capsys.readouterr().err
+
+
+def test_negative_prompts_and_several_images_per_prompt(generate):
+    (plain,) = generate().values()
+    files = generate("--num_images_per_prompt", "2")
+    assert list(files) == ["00-a-my-cat-on-the-beach-0.png", "00-a-my-cat-on-the-beach-1.png"]
+    assert len({*files.values()}) == 2
+    (negative,) = generate("--negative_prompt", "a dog").values()
+    assert negative != plain
+
+
+def test_a_trained_concept_is_loaded_from_its_folder(training_arguments, training_settings, generate):
+    assert main(training_arguments) == 0
+    (data,) = generate(concepts=[training_settings["output_dir"]]).values()
+    assert data != next(iter(generate().values()))
 
 
 @pytest.fixture
-def sweep_arguments(
-    model_folder, concepts, pictures_folder, clip_folder, identity_folders, tmp_path, fresh_accelerate
-):
+def sweep_arguments(model_folder, concepts, images_folder, clip_folder, identity_folders, tmp_path, fresh_accelerate):
     flags = {
         "pretrained_model_name_or_path": model_folder,
         "concept": concepts[0],
-        "instance_data_dir": pictures_folder,
+        "instance_data_dir": images_folder,
         "clip_model": clip_folder,
         "identity_model": identity_folders["vit"],
         "num_inference_steps": 2,
@@ -217,32 +254,64 @@ def test_sweep(sweep_arguments, concepts, tmp_path, capsys):
     assert main(sweep_arguments) == 0
     output = capsys.readouterr()
     found = Sweep.read(tmp_path / "sweep" / "sweep.json")
-    assert {picture["seed"] for picture in found.pictures} == {5, 6}
+    assert {image["seed"] for image in found.images} == {5, 6}
     assert found.settings["clip_model"].startswith("clip")
-    assert "Pictures: 100%" in output.err
+    assert "Images: 100%" in output.err
     header, *lines = output.out.splitlines()
     assert header.split() == ["β", "τ", "identity", "text", "alignment", "harmonic", "mean"]
     for line, row in zip(lines, found.table(), strict=False):
         assert line.split() == " ".join(map(str, row.values())).split()
-    assert all(f"{tmp_path}/sweep/{name} (" in output.out for name in ("sweep.json", "front.png", "grid.png"))
+    assert all(
+        f"{tmp_path}/sweep/{name} (" in output.out for name in ("sweep.json", "pareto_front.png", "contact_sheet.png")
+    )
     assert Path(concepts[0]).read_bytes() == before
 
 
 def test_a_sweep_can_set_the_concept_s_default(sweep_arguments, concepts, monkeypatch, capsys):
-    monkeypatch.setattr(Judge, "score", lambda self, pictures, prompts: [Scores(0.5, 0.4)] * len(pictures))
+    monkeypatch.setattr(ConceptMetrics, "score", lambda self, images, prompts: [Scores(0.5, 0.4)] * len(images))
     assert main([*sweep_arguments, "--temperature", "0.3", "--write_default"]) == 0
     assert "best: β 0.6, τ 0.3\n" in capsys.readouterr().out
     concept = PerfusionConcept.load(concepts[0])
     assert (concept.bias, concept.temperature) == (0.6, 0.3)
 
 
+def test_a_sweep_over_checkpoints_can_choose_the_training_step(
+    sweep_arguments, training_arguments, training_settings, monkeypatch, capsys
+):
+    folder = Path(training_settings["output_dir"])
+    assert main([*training_arguments, "--checkpointing_steps", "1", "--max_train_steps", "3"]) == 0
+    seen = []
+
+    def score(self, images, prompts):
+        seen.append(images)
+        return [Scores(0.5, 0.1 * len(seen) if len(seen) < 4 else 0.1)] * len(images)
+
+    monkeypatch.setattr(ConceptMetrics, "score", score)
+    assert main([*sweep_arguments, "--concept", str(folder), "--checkpoints", "--write_default"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("checkpoint-") == 7  # a row for each and bias, and the best
+    assert "best: checkpoint-2, β 0.6, τ 0.15\n" in output
+    written, chosen = (
+        PerfusionConcept.load(path / "perfusion.safetensors") for path in (folder, folder / "checkpoint-2")
+    )
+    assert (written.bias, written.training["steps"]) == (0.6, 2)
+    assert torch.equal(written.target_input, chosen.target_input)
+
+
+def test_a_sweep_over_checkpoints_needs_some(sweep_arguments, concepts, capsys):
+    nowhere = str(Path(concepts[0]).parent)
+    assert "has no checkpoints; expected the output folder of a training" in failed(
+        [*sweep_arguments, "--concept", nowhere, "--checkpoints"], capsys
+    )
+
+
 def test_a_sweep_without_a_best_sets_no_default(sweep_arguments, concepts, monkeypatch, capsys):
     before = Path(concepts[0]).read_bytes()
-    monkeypatch.setattr(Judge, "score", lambda self, pictures, prompts: [Scores(0.5, -0.4)] * len(pictures))
+    monkeypatch.setattr(ConceptMetrics, "score", lambda self, images, prompts: [Scores(0.5, -0.4)] * len(images))
     assert main([*sweep_arguments, "--write_default"]) == 1
     output = capsys.readouterr()
     assert "best: none" in output.out
-    assert "no settings have both scores above 0, so none became the default" in output.err
+    assert "no settings have both scores above 0, so" in output.err
     assert Path(concepts[0]).read_bytes() == before
 
 
@@ -261,23 +330,22 @@ def test_a_sweep_in_two_processes_is_that_of_one(sweep_arguments, environment, t
     assert together == alone
 
 
-def test_a_sweep_without_matplotlib_says_what_to_install(sweep_arguments, monkeypatch, capsys):
+def test_a_sweep_without_matplotlib_fails_before_any_work(sweep_arguments, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "diffusers_perfusion.evaluation.plots", raising=False)
     monkeypatch.delattr("diffusers_perfusion.evaluation.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib" in (sentence := failed(sweep_arguments, capsys))
-    assert sentence.endswith("install diffusers_perfusion[train]")
+    assert "matplotlib" in failed(sweep_arguments, capsys)
 
 
 def test_bad_input_of_sweep(sweep_arguments, concepts, capsys, tmp_path):
-    assert "'a cat' does not hold the concept's word <my-cat>" in failed(
+    assert "'a cat' does not contain the placeholder token <my-cat>" in failed(
         [*sweep_arguments, "--prompt", "a cat"], capsys
     )
     assert "bias is 5.0" in failed([*sweep_arguments, "--bias", "5"], capsys)
     assert "nowhere is not a folder" in failed([*sweep_arguments, "--instance_data_dir", "nowhere"], capsys)
     assert not (tmp_path / "sweep").exists()
     remote = [*sweep_arguments, "--concept", "me/my-cat", "--write_default"]
-    assert "`perfusion pull me/my-cat` copies one" in failed(remote, capsys)
+    assert "`perfusion pull me/my-cat` downloads it" in failed(remote, capsys)
 
 
 def test_what_is_pushed_can_have_a_sweep(sweep_arguments, concepts, monkeypatch, capsys, tmp_path):
@@ -287,7 +355,7 @@ def test_what_is_pushed_can_have_a_sweep(sweep_arguments, concepts, monkeypatch,
         pushed.append(sweep)
         return SimpleNamespace(pr_url=None, commit_url="done")
 
-    monkeypatch.setattr("diffusers_perfusion.hub.push_concept", push)
+    monkeypatch.setattr(PerfusionConcept, "push_to_hub", push)
     assert main(sweep_arguments) == 0
     path = tmp_path / "sweep" / "sweep.json"
     assert main(["push", concepts[0], "me/my-cat"]) == 0
@@ -301,7 +369,7 @@ def test_what_is_pushed_can_have_a_sweep(sweep_arguments, concepts, monkeypatch,
 
 
 def test_info_needs_no_model(concepts, capsys, monkeypatch):
-    monkeypatch.setattr("diffusers_perfusion.cli.common.DiffusionPipeline", None)
+    monkeypatch.setattr("diffusers.DiffusionPipeline", None)
     path = Path(concepts[0])
     concept = PerfusionConcept.load(path)
     concept.training = {"steps": 42}
@@ -318,16 +386,16 @@ def test_info_needs_no_model(concepts, capsys, monkeypatch):
         assert f"{len(concept.target_outputs)}, " in rows["layers"]
 
 
-def test_bad_input_of_fit(fit_arguments, capsys, tmp_path, pictures_folder):
-    assert "nowhere is not a folder" in failed([*fit_arguments, "--instance_data_dir", "nowhere"], capsys)
-    assert "train_batch_size is 0" in failed([*fit_arguments, "--train_batch_size", "0"], capsys)
-    assert "'cat' is already a word" in failed([*fit_arguments, "--placeholder_token", "cat"], capsys)
-    assert "no checkpoint 'latest'" in failed([*fit_arguments, "--resume_from_checkpoint", "latest"], capsys)
+def test_bad_input_of_train(training_arguments, capsys, tmp_path, images_folder):
+    assert "nowhere is not a folder" in failed([*training_arguments, "--instance_data_dir", "nowhere"], capsys)
+    assert "train_batch_size is 0" in failed([*training_arguments, "--train_batch_size", "0"], capsys)
+    assert "'cat' is already a" in failed([*training_arguments, "--placeholder_token", "cat"], capsys)
+    assert "no checkpoint 'latest'" in failed([*training_arguments, "--resume_from_checkpoint", "latest"], capsys)
     nowhere = str(tmp_path / "no-model")
-    assert nowhere in failed([*fit_arguments, "--pretrained_model_name_or_path", nowhere], capsys)
-    for path in pictures_folder.iterdir():
+    assert nowhere in failed([*training_arguments, "--pretrained_model_name_or_path", nowhere], capsys)
+    for path in images_folder.iterdir():
         path.unlink()
-    assert "holds no picture" in failed(fit_arguments, capsys)
+    assert "has no image" in failed(training_arguments, capsys)
 
 
 def test_bad_input_of_generate(model_folder, concepts, capsys, tmp_path):
@@ -337,7 +405,6 @@ def test_bad_input_of_generate(model_folder, concepts, capsys, tmp_path):
     assert "has no perfusion.safetensors" in failed([*command, "--concept", str(model_folder)], capsys)
     (tmp_path / "text.safetensors").write_text("no concept")
     assert "not a safetensors file" in failed([*command, "--concept", str(tmp_path / "text.safetensors")], capsys)
-    assert "loaded already" in failed([*command, "--concept", concepts[0], "--concept", concepts[0]], capsys)
 
 
 def test_bad_input_of_info(tmp_path, capsys):
@@ -350,4 +417,51 @@ def test_a_command_must_be_given(capsys):
     for arguments in ([], ["dream"]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
-    assert "fit" in capsys.readouterr().err
+    assert "train" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_shows_the_usage_of_its_command(concepts, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["info", concepts[0], "--colour", "red"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: perfusion info ")
+    assert "unrecognized arguments: --colour red" in error
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "sweep", "info", "push", "pull", "search"])
+def test_the_help_of_each_command_has_an_example(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"  perfusion {command} " in capsys.readouterr().out.partition("example")[2]
+
+
+def test_the_help_of_sweep_names_its_default_prompts(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["sweep", "--help"])
+    help = " ".join(capsys.readouterr().out.split())
+    assert f"Default: {len(PROMPTS)} such as '{PROMPTS[0].format('<token>')}'." in help
+
+
+def test_help_and_info_do_not_import_torch(concepts, environment):
+    code = """
+import sys
+from contextlib import suppress
+from diffusers_perfusion.cli import main
+for arguments in (["--help"], ["train", "--help"], ["generate", "--help"], ["sweep", "--help"]):
+    with suppress(SystemExit):
+        main(arguments)
+assert main(["info", sys.argv[1]]) == 0
+print({"torch", "diffusers", "transformers", "huggingface_hub"} & {*sys.modules})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, concepts[0]], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("set()\n") and done.stderr == ""
+
+
+def test_no_line_of_other_libraries_is_shown(concepts, model_folder, environment, tmp_path):
+    command = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--concept", concepts[0]]
+    command += ["--prompt", "a <my-cat>", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "diffusers_perfusion.cli", *command]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if line and not line.startswith("Prompts: ")] == []

@@ -1,4 +1,4 @@
-"""Where a concept file is found, and what is said when it is not. The Hub is a server in this file."""
+"""Where a concept file is found, and the error when it is not. The Hub is a server in this file."""
 
 import http.server
 import threading
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_perfusion import PerfusionConcept
-from diffusers_perfusion.concept import WEIGHT_NAME
+from diffusers_perfusion.concept_file import WEIGHT_NAME
 from diffusers_perfusion.hub import find_concept_file
 
 COMMIT = "0" * 39 + "1"
@@ -15,7 +15,7 @@ COMMIT = "0" * 39 + "1"
 
 @pytest.fixture
 def folder(tmp_path, make_concept):
-    """A folder with a concept, a subfolder with another and something else beside them."""
+    """A folder with a concept, a subfolder with another concept, and a file of another kind."""
     folder = tmp_path / "folder"
     make_concept().save(folder / WEIGHT_NAME)
     make_concept().save(folder / "step-100" / "cat.safetensors")
@@ -59,10 +59,10 @@ def test_neither_a_path_nor_a_repository_id(source, monkeypatch, tmp_path):
     assert repr(source) in str(caught.value)
 
 
-def test_what_is_not_in_the_cache_is_said_to_be_missing_there():
-    """As it is without a network, when the Hub was not reached."""
+def test_a_file_missing_in_the_cache_is_reported():
+    """So it is without a network, when the Hub was not reached."""
     with pytest.raises(
-        FileNotFoundError, match=r"'me/my-cat' is no file or folder here, .* not in the cache, and the"
+        FileNotFoundError, match=r"'me/my-cat' is not a local file or folder, .* not in the cache, and the"
     ):
         find_concept_file("me/my-cat", local_files_only=True)
 

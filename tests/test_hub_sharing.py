@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer, Refusal
+from huggingface_hub import ModelHubMixin
 from PIL import Image, PngImagePlugin
 
-from diffusers_perfusion import PerfusionPipeline
+from diffusers_perfusion import PerfusionConcept, PerfusionPipeline
 from diffusers_perfusion.cli import main
-from diffusers_perfusion.concept import MAX_FILE_BYTES, WEIGHT_NAME
-from diffusers_perfusion.hub import find_concept_file, push_concept, read_header, search_concepts
-from diffusers_perfusion.training import FitConfig, fit
+from diffusers_perfusion.concept_file import MAX_FILE_BYTES, WEIGHT_NAME
+from diffusers_perfusion.hub import find_concept_file, push_concept_file, read_header, search_concepts
+from diffusers_perfusion.training import TrainingConfig, train
 
 POCKET = Path(__file__).resolve().parents[1] / "examples" / "pocket"
 TOKEN = "hf_me"
@@ -56,7 +57,7 @@ def concept(make_concept):
     return make_concept(base_model="me/tiny")
 
 
-def picture(colour="red"):
+def image(colour="red"):
     return Image.new("RGB", (8, 8), colour)
 
 
@@ -71,10 +72,10 @@ def card(hub, repo_id="me/my-cat", revision="main"):
 # push
 
 
-def test_what_is_pushed_is_what_is_pulled(hub, pipeline, concept, tmp_path):
+def test_a_pulled_file_is_the_pushed_one(hub, pipeline, concept, tmp_path):
     pipeline.load_perfusion(concept)
     commit = pipeline.push_perfusion_to_hub(
-        "me/my-cat", samples=[("a <my-cat> on the beach", picture())], license="mit", token=TOKEN
+        "me/my-cat", samples=[("a <my-cat> on the beach", image())], license="mit", token=TOKEN
     )
     assert commit.commit_url.startswith(f"{hub.endpoint}/me/my-cat/commit/")
     assert files(hub).keys() == {".gitattributes", "README.md", WEIGHT_NAME, "images/perfusion/0.png"}
@@ -100,20 +101,20 @@ def test_one_of_several_is_named(hub, pipeline, make_concept):
     assert read_header("me/my-dog")[2].placeholder_token == "<my-dog>"
 
 
-def test_of_a_picture_nothing_but_the_pixels_is_pushed(hub, concept, tmp_path):
+def test_only_the_pixels_of_an_image_are_pushed(hub, concept, tmp_path):
     told = PngImagePlugin.PngInfo()
     told.add_text("path", "/home/me/secret")
     exif = Image.Exif()
     exif[0x010E] = "secret"
-    picture().save(tmp_path / "told.png", pnginfo=told, exif=exif)
-    with Image.open(tmp_path / "told.png") as told_picture:
-        concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", told_picture)], token=TOKEN)
+    image().save(tmp_path / "told.png", pnginfo=told, exif=exif)
+    with Image.open(tmp_path / "told.png") as opened:
+        concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", opened)], token=TOKEN)
     (name,) = (name for name in files(hub) if name.endswith(".png"))
     assert b"secret" not in files(hub)[name]
 
 
 def test_a_push_replaces_the_one_before(hub, concept):
-    samples = [("a <my-cat> on the beach", picture("red")), ("a <my-cat> in the snow", picture("blue"))]
+    samples = [("a <my-cat> on the beach", image("red")), ("a <my-cat> in the snow", image("blue"))]
     concept.push_to_hub("me/my-cat", samples=samples, license="mit", token=TOKEN)
     concept.bias = 0.7
     concept.push_to_hub("me/my-cat", samples=samples[:1], token=TOKEN, commit_message="Another bias")
@@ -131,9 +132,53 @@ def test_the_sweep_is_in_the_card(hub, concept):
         concept.push_to_hub("me/my-cat", sweep=[{"bias": 0.5}, {"clip_i": 0.79}], token=TOKEN)
 
 
+def test_a_card_without_a_licence_is_reported(hub, concept, caplog):
+    concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert "The card of me/my-cat names no licence" in caplog.text
+    assert "license" not in card(hub)
+    caplog.clear()
+    concept.push_to_hub("me/my-cat", license="cc-by-4.0", token=TOKEN)
+    concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert "license: cc-by-4.0" in card(hub) and not caplog.messages
+
+
+def test_a_concept_is_pushed_and_read_as_other_models_are(hub, concept, tmp_path):
+    """`ModelHubMixin` has the same methods; unlike its own, they need no config.json and ask for none."""
+    assert isinstance(concept, ModelHubMixin)
+    folder = tmp_path / "my-cat"
+    concept.save_pretrained(folder, push_to_hub=True, license="mit", token=TOKEN)
+    concept.save_pretrained(
+        folder, push_to_hub=True, repo_id="me/other", token=TOKEN, samples=[("a <my-cat>", image())]
+    )
+    assert files(hub).keys() == {".gitattributes", "README.md", WEIGHT_NAME}
+    assert files(hub)[WEIGHT_NAME] == (folder / WEIGHT_NAME).read_bytes()
+    assert "images/perfusion/0.png" in files(hub, "me/other")
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", WEIGHT_NAME]
+    hub.requests.clear()
+    options = {"token": TOKEN, "cache_dir": tmp_path / "cache"}
+    assert PerfusionConcept.from_pretrained("me/my-cat", **options).superclass == "cat"
+    assert hub.requests and all(path.endswith(WEIGHT_NAME) for _, path, _, _ in hub.requests)
+    hub.requests.clear()
+    PerfusionConcept.from_pretrained("me/my-cat", local_files_only=True, cache_dir=tmp_path / "cache")
+    assert not hub.requests
+    with pytest.raises(ValueError, match="'me/nothing' is neither a file or folder here nor a Hub repository"):
+        PerfusionConcept.from_pretrained("me/nothing")
+
+
+def test_a_file_is_pushed_as_it_is(hub, make_concept, tmp_path):
+    path = make_concept(base_model="me/tiny").save(tmp_path / "cat.safetensors", torch.float32)
+    push_concept_file(path, "me/my-cat", token=TOKEN)
+    assert files(hub)[WEIGHT_NAME] == path.read_bytes()
+    path.write_bytes(b"PK" + bytes(100))
+    hub.requests.clear()
+    with pytest.raises(ValueError, match=r"cat\.safetensors is a pickle"):
+        push_concept_file(path, "me/my-cat", token=TOKEN)
+    assert not hub.requests
+
+
 def test_a_collection_has_one_card(hub, pipeline, make_concept, caplog):
     cat, dog = make_concept(base_model="me/tiny"), make_concept("<my-dog>", "dog", seed=1, base_model="me/tiny")
-    cat.push_to_hub("me/pets", weight_name="cat.safetensors", samples=[("a <my-cat>", picture())], token=TOKEN)
+    cat.push_to_hub("me/pets", weight_name="cat.safetensors", samples=[("a <my-cat>", image())], token=TOKEN)
     files(hub, "me/pets").update(
         {
             "lora.safetensors": struct.pack("<Q", 2) + b"{}",
@@ -145,7 +190,7 @@ def test_a_collection_has_one_card(hub, pipeline, make_concept, caplog):
     dog.push_to_hub(
         "me/pets",
         weight_name="dog.safetensors",
-        samples=[("a <my-dog>", picture())],
+        samples=[("a <my-dog>", image())],
         sweep=[{"bias": 0.5}],
         token=TOKEN,
     )
@@ -227,7 +272,7 @@ def test_a_branch_is_made(hub, concept, make_concept, pipeline):
 @pytest.mark.parametrize("name", ["cat.bin", "../cat.safetensors", "cats/cat.safetensors", ""])
 def test_the_name_of_the_file_is_one(hub, concept, name):
     with pytest.raises(ValueError, match=r"weight_name is .*; expected the name of a file that ends in \.safetensors"):
-        push_concept(concept, "me/my-cat", weight_name=name, token=TOKEN)
+        concept.push_to_hub("me/my-cat", weight_name=name, token=TOKEN)
     assert not hub.requests
 
 
@@ -238,7 +283,7 @@ def test_the_name_of_the_file_is_one(hub, concept, name):
         ("you/my-cat", TOKEN, r"was not made, so nothing was pushed: your token does not allow it \(403\)"),
     ],
 )
-def test_who_may_not_write(hub, concept, repo_id, token, match):
+def test_a_user_who_may_not_write_is_told_why(hub, concept, repo_id, token, match):
     with pytest.raises(OSError, match=match):
         concept.push_to_hub(repo_id, token=token)
     assert not hub.repositories
@@ -277,15 +322,15 @@ def overtake(handler):
         ("/repos/create", hang_up, "the repository me/my-cat was not made, so nothing was pushed"),
     ],
 )
-def test_a_push_that_fails_says_how_to_go_on_and_does(hub, concept, route, fault, match):
+def test_a_failed_push_says_what_to_do_and_can_be_repeated(hub, concept, route, fault, match):
     hub.fault = lambda handler: fault(handler) if route in handler.path else None
     with pytest.raises(OSError, match=match) as raised:
-        concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", picture())], token=TOKEN)
+        concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", image())], token=TOKEN)
     assert TOKEN not in str(raised.value) and "\n" not in str(raised.value)
     held = files(hub).keys() if hub.repositories else set()
     assert held in (set(), {".gitattributes"}) or fault is hang_up_afterwards
     hub.fault = lambda handler: None
-    concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", picture())], token=TOKEN)
+    concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", image())], token=TOKEN)
     assert files(hub).keys() == {".gitattributes", "README.md", WEIGHT_NAME, "images/perfusion/0.png"}
     assert find_concept_file("me/my-cat").read_bytes() == files(hub)[WEIGHT_NAME]
 
@@ -298,9 +343,9 @@ def test_two_who_push_at_once_do_not_lose_a_card(hub, concept):
     assert files(hub) == {"other": b""}
 
 
-def test_a_base_model_that_is_not_on_the_hub_is_told(hub, make_concept, caplog):
+def test_a_base_model_that_is_not_on_the_hub_is_reported(hub, make_concept, caplog):
     make_concept(base_model="my-folder").push_to_hub("me/my-cat", token=TOKEN)
-    assert "names its base model 'my-folder', which is no id of a model on the Hub" in caplog.text
+    assert "names its base model 'my-folder', which is not the id of a model on the Hub" in caplog.text
     assert "\nbase_model:" not in card(hub)
 
 
@@ -320,7 +365,7 @@ def test_a_base_model_that_is_not_on_the_hub_is_told(hub, make_concept, caplog):
     ],
 )
 @pytest.mark.parametrize("read", [find_concept_file, read_header])
-def test_what_cannot_be_had(hub, content, arguments, settings, error, match, read):
+def test_each_refusal_says_why(hub, content, arguments, settings, error, match, read):
     if read is read_header and "force_download" in arguments:
         arguments = {}
     hub.add("me/my-cat", {WEIGHT_NAME: content}, **settings)
@@ -350,7 +395,7 @@ def is_file(handler):
         (hang_up, "(was not downloaded: .*; the cache is as it was|and the Hub was not reached)"),
         (claim_more, "perfusion.safetensors of me/my-cat was not downloaded: .*should be of size 1000000"),
         (claim_less, "perfusion.safetensors of me/my-cat was not downloaded: .*should be of size 100 "),
-        (limit, r"not in the cache, and the Hub limits how often it is asked; wait some minutes \(429\)"),
+        (limit, r"not in the cache, and the Hub limits the number of requests; wait some minutes \(429\)"),
     ],
 )
 def test_after_a_failed_download_the_cache_is_usable(hub, content, fault, match, pipeline):
@@ -365,7 +410,7 @@ def test_after_a_failed_download_the_cache_is_usable(hub, content, fault, match,
     pipeline.load_perfusion("me/my-cat")
 
 
-def test_a_download_that_was_cut_goes_on(hub, content):
+def test_a_cut_download_can_be_resumed(hub, content):
     hub.add("me/my-cat", {WEIGHT_NAME: content})
     cuts = []
 
@@ -375,7 +420,7 @@ def test_a_download_that_was_cut_goes_on(hub, content):
             handler.cut = 100
 
     hub.fault = cut_once
-    with suppress(OSError):  # before huggingface_hub 1 the client does not go on by itself
+    with suppress(OSError):  # before huggingface_hub 1 the client does not resume by itself
         find_concept_file("me/my-cat")
     assert find_concept_file("me/my-cat").read_bytes() == content
     assert cuts
@@ -394,7 +439,7 @@ def test_a_refused_file_is_taken_from_the_cache(hub, content):
 def test_a_file_too_large_for_a_concept_is_not_downloaded(hub, content, read):
     hub.add("me/my-cat", {WEIGHT_NAME: content})
     hub.fault = lambda handler: setattr(handler, "claim", MAX_FILE_BYTES + 1)
-    with pytest.raises(ValueError, match=rf"has {MAX_FILE_BYTES + 1} bytes; a concept file has at most"):
+    with pytest.raises(ValueError, match=rf"size is {MAX_FILE_BYTES + 1}; expected at most"):
         read("me/my-cat")
     assert {method for method, *_ in hub.requests} == {"HEAD"}
 
@@ -472,8 +517,8 @@ def test_search_is_by_base_model(hub, make_concept):
 
 def test_the_command_line(hub, concept, tmp_path, capsys):
     concept.training = {"no\x1b[2Jte": "\x1b]0;evil\x07"}
-    path = concept.save(tmp_path / "fitted" / WEIGHT_NAME)
-    picture().save(tmp_path / "beach.jpg")
+    path = concept.save(tmp_path / "trained" / WEIGHT_NAME)
+    image().save(tmp_path / "beach.jpg")
     token = ["--token", TOKEN]
     sample = ["--sample", str(tmp_path / "beach.jpg"), "a <my-cat> on the beach"]
     assert main(["push", str(path.parent), "me/my-cat", *sample, "--license", "mit", "--private", *token]) == 0
@@ -497,18 +542,18 @@ def test_the_command_line(hub, concept, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("/discussions/2\n")
 
 
-def test_what_is_no_concept_is_not_pulled(hub, tmp_path, capsys):
+def test_a_file_that_is_not_a_concept_is_not_pulled(hub, tmp_path, capsys):
     hub.add("me/my-cat", {WEIGHT_NAME: b"PK" + bytes(100)})
     assert main(["pull", "me/my-cat", "--output_dir", str(tmp_path / "pulled")]) == 1
     assert not (tmp_path / "pulled").exists()
 
 
-# fit
+# training
 
 
-def test_a_fit_shares_its_concept_and_nothing_else(hub, pipeline, fit_settings, tmp_path):
-    config = FitConfig(
-        **fit_settings,
+def test_training_shares_its_concept_and_nothing_else(hub, pipeline, training_settings, tmp_path):
+    config = TrainingConfig(
+        **training_settings,
         checkpointing_steps=2,
         validation_prompt=["a <my-cat> on the beach"],
         num_validation_images=2,
@@ -517,40 +562,40 @@ def test_a_fit_shares_its_concept_and_nothing_else(hub, pipeline, fit_settings, 
         hub_private=True,
     )
     assert TOKEN not in repr(config) and TOKEN not in json.dumps(config.recipe())
-    fit(pipeline, config)
-    pictures = {"images/perfusion/0.png", "images/perfusion/1.png"}
-    assert files(hub, "me/output").keys() == {".gitattributes", "README.md", WEIGHT_NAME} | pictures
+    train(pipeline, config)
+    images = {"images/perfusion/0.png", "images/perfusion/1.png"}
+    assert files(hub, "me/output").keys() == {".gitattributes", "README.md", WEIGHT_NAME} | images
     assert hub.repositories["me/output"].private
     assert {token for _, _, token, _ in hub.requests} == {TOKEN}
     output = Path(config.output_dir)
     assert files(hub, "me/output")[WEIGHT_NAME] == (output / WEIGHT_NAME).read_bytes()
     assert pipeline.list_perfusion() == []
-    for told in [path.read_bytes() for path in output.rglob("*") if path.is_file()] + list(
+    for content in [path.read_bytes() for path in output.rglob("*") if path.is_file()] + list(
         files(hub, "me/output").values()
     ):
-        assert TOKEN.encode() not in told
-    for told in files(hub, "me/output").values():
-        assert str(tmp_path).encode() not in told
+        assert TOKEN.encode() not in content
+    for content in files(hub, "me/output").values():
+        assert str(tmp_path).encode() not in content
 
 
-def test_a_fit_that_may_not_share_does_not_start(hub, pipeline, fit_settings):
-    config = FitConfig(**fit_settings, push_to_hub=True, hub_model_id="you/my-cat", hub_token=TOKEN)
+def test_training_that_may_not_share_does_not_start(hub, pipeline, training_settings):
+    config = TrainingConfig(**training_settings, push_to_hub=True, hub_model_id="you/my-cat", hub_token=TOKEN)
     with pytest.raises(OSError, match="the repository you/my-cat was not made, so nothing was pushed: your token"):
-        fit(pipeline, config)
+        train(pipeline, config)
     assert not list(Path(config.output_dir).iterdir())
 
 
-def test_a_fit_whose_push_fails_says_how_to_push(hub, pipeline, fit_settings):
-    config = FitConfig(**fit_settings, push_to_hub=True, hub_model_id="me/my-cat", hub_token=TOKEN)
+def test_training_whose_push_fails_says_how_to_push(hub, pipeline, training_settings):
+    config = TrainingConfig(**training_settings, push_to_hub=True, hub_model_id="me/my-cat", hub_token=TOKEN)
     hub.fault = lambda handler: limit(handler) if "/commit/" in handler.path else None
     path = Path(config.output_dir) / WEIGHT_NAME
     with pytest.raises(OSError, match=re.escape(f"`perfusion push {path} me/my-cat`")):
-        fit(pipeline, config)
+        train(pipeline, config)
     hub.fault = lambda handler: None
     assert main(["push", str(path), "me/my-cat", "--token", TOKEN]) == 0
 
 
-# the whole story
+# from training to another machine
 
 READER = """
 import sys, torch
@@ -567,20 +612,20 @@ print(find_concept_file("me/my-cat"))
 """
 
 
-def test_a_reader_draws_the_author_s_picture(hub, fit_settings, tmp_path):
-    """Fit on the pocket model, push; on another machine run the card's code as it stands."""
+def test_a_reader_generates_the_author_s_image(hub, training_settings, tmp_path):
+    """Train on the pocket model and push; on another machine run the card's code as printed."""
     pocket = {path.relative_to(POCKET).as_posix(): path.read_bytes() for path in POCKET.rglob("*") if path.is_file()}
     hub.add("me/pocket", pocket)
     captions = tmp_path / "few.txt"
     captions.write_text("\n".join((POCKET / "captions.txt").read_text().splitlines()[:300]))
-    settings = fit_settings | {
+    settings = training_settings | {
         "pretrained_model_name_or_path": "me/pocket",
         "covariance": str(captions),
         "max_train_steps": 2,
         "train_batch_size": 2,
     }
     author = PerfusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
-    fit(author, FitConfig(**settings, push_to_hub=True, hub_model_id="me/my-cat", hub_token=TOKEN))
+    train(author, TrainingConfig(**settings, push_to_hub=True, hub_model_id="me/my-cat", hub_token=TOKEN))
 
     (code,) = re.findall(r"```python\n(.*?)```", card(hub), re.DOTALL)
     author = PerfusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
@@ -594,10 +639,10 @@ def test_a_reader_draws_the_author_s_picture(hub, fit_settings, tmp_path):
         "HF_HOME": str(tmp_path / "another-machine"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    online = [sys.executable, "-c", READER, str(tmp_path / "drawn.png")]
+    online = [sys.executable, "-c", READER, str(tmp_path / "generated.png")]
     subprocess.run(online, input=code, text=True, check=True, env=environment)
-    with Image.open(tmp_path / "drawn.png") as drawn:
-        assert drawn.tobytes() == expected.tobytes()
+    with Image.open(tmp_path / "generated.png") as generated:
+        assert generated.tobytes() == expected.tobytes()
     hub.requests.clear()
     offline = [sys.executable, "-c", OFFLINE_READER]
     found = subprocess.run(

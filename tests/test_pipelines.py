@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, PixArtSigmaPipeline, StableDiffusionPip
 from diffusers_perfusion import PerfusionPipeline, PerfusionXLPipeline, add_perfusion
 
 
-def test_a_concept_changes_only_the_prompts_that_hold_its_word(pipeline, make_concept, generate):
+def test_a_concept_changes_only_the_prompts_that_hold_its_token(pipeline, make_concept, generate):
     prompts = ["a cat on the beach", "a <my-cat> on the beach"]
     before = generate(prompts)
     pipeline.load_perfusion(make_concept())
@@ -88,12 +88,13 @@ def test_a_pipeline_of_two_text_encoders_is_saved_with_its_concepts(xl_pipeline,
 
 
 def test_concepts_of_one_family_are_refused_by_another(pipeline, xl_pipeline, make_concept):
-    with pytest.raises(ValueError, match=r"edits text encodings of width 56, but .* takes width 32"):
+    with pytest.raises(ValueError, match=r"edits hidden states of width 56, but .* takes width 32"):
         pipeline.load_perfusion(random_concept(xl_pipeline))
-    with pytest.raises(ValueError, match=r"edits text encodings of width 32, but .* takes width 56"):
+    with pytest.raises(ValueError, match=r"edits hidden states of width 32, but .* takes width 56"):
         xl_pipeline.load_perfusion(make_concept())
-    one_word = replace(random_concept(xl_pipeline), word_embedding_2=None)
-    with pytest.raises(ValueError, match=r"has 1 word embeddings, but this pipeline has 2 text encoders"):
+    concept = random_concept(xl_pipeline)
+    one_word = replace(concept, token_embeddings=concept.token_embeddings[:1])
+    with pytest.raises(ValueError, match=r"has 1 token embeddings, but this pipeline has 2 text encoders"):
         xl_pipeline.load_perfusion(one_word)
 
 
@@ -101,12 +102,12 @@ def test_neither_order_changes_a_bit(pipeline, make_concept, generate):
     """Of loading, and of activating."""
     cat, dog = make_concept(), make_concept("<my-dog>", "dog", seed=1)
     pipeline.load_perfusion([cat, dog])
-    drawn = generate("a <my-cat> on a <my-dog>")
+    generated = generate("a <my-cat> on a <my-dog>")
     pipeline.unload_perfusion()
     pipeline.load_perfusion([dog, cat])
-    assert torch.equal(generate("a <my-cat> on a <my-dog>"), drawn)
+    assert torch.equal(generate("a <my-cat> on a <my-dog>"), generated)
     pipeline.set_perfusion(["my-cat", "my-dog"])
-    assert torch.equal(generate("a <my-cat> on a <my-dog>"), drawn)
+    assert torch.equal(generate("a <my-cat> on a <my-dog>"), generated)
 
 
 def test_layers_are_skipped_of_prompts_and_not_of_negative_ones(xl_pipeline, generate):
@@ -118,7 +119,7 @@ def test_layers_are_skipped_of_prompts_and_not_of_negative_ones(xl_pipeline, gen
 
 
 @pytest.mark.parametrize("clean_caption", [False, True])
-def test_words_survive_what_pixart_does_to_prompts(pixart_pipeline, monkeypatch, clean_caption):
+def test_tokens_survive_what_pixart_does_to_prompts(pixart_pipeline, monkeypatch, clean_caption):
     """It lower-cases them, or takes what is in angle brackets for HTML."""
     pipe = pixart_pipeline
     monkeypatch.setattr(

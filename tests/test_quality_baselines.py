@@ -1,4 +1,4 @@
-"""The rivals that the quality benchmark measures Perfusion against."""
+"""The baselines that the quality benchmark measures Perfusion against."""
 
 import copy
 
@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from variants import PANELS
 
-from diffusers_perfusion.attention import cross_attention_layers
+from diffusers_perfusion.model_families import cross_attention_layers
 
-WORD, SUPERCLASS = "<my-cat>", "cat"
+TOKEN, SUPERCLASS = "<my-cat>", "cat"
 SETTINGS = {"textual_inversion": {}, "lora": {"rank": 2}, "custom_diffusion": {}}
 
 
@@ -29,21 +29,23 @@ def fresh(components):
 
 
 @pytest.fixture
-def subject(fresh, pictures_folder):
-    (pictures_folder / "masks").mkdir()
-    for path in pictures_folder.glob("*.png"):
-        with Image.open(path) as picture:
-            Image.linear_gradient("L").resize(picture.size).save(pictures_folder / "masks" / path.name)
-    return baselines.read_subject(fresh(), pictures_folder)
+def subject(fresh, images_folder):
+    (images_folder / "masks").mkdir()
+    for path in images_folder.glob("*.png"):
+        with Image.open(path) as image:
+            Image.linear_gradient("L").resize(image.size).save(images_folder / "masks" / path.name)
+    return baselines.read_subject(fresh(), images_folder)
 
 
 @pytest.fixture
-def fit(subject, tmp_path):
-    """Fit a method for two steps at a rate at which they can be seen."""
+def train(subject, tmp_path):
+    """Train a method for two steps at a rate at which they can be seen."""
 
-    def run(name, pipeline, folder="fit", word=WORD, **settings):
+    def run(name, pipeline, folder="training", placeholder_token=TOKEN, **settings):
         settings = {"learning_rate": 0.1, "steps": 2, "batch_size": 4, "output_dir": tmp_path / folder} | settings
-        return baselines.METHODS[name].fit(pipeline, subject, word, SUPERCLASS, **SETTINGS[name], **settings)
+        return baselines.METHODS[name].train(
+            pipeline, subject, placeholder_token, SUPERCLASS, **SETTINGS[name], **settings
+        )
 
     return run
 
@@ -56,20 +58,20 @@ def tensors(pipeline):
     }
 
 
-def test_the_subject_is_what_a_fit_reads(subject, fresh, pictures_folder):
+def test_the_subject_is_what_a_training_reads(subject, fresh, images_folder):
     assert subject.latents.shape == (6, 4, 8, 8) and subject.masks.shape == (6, 1, 8, 8)
     assert subject.masks.eq(1).all()
-    masked = baselines.read_subject(fresh(), pictures_folder, masked=True)
+    masked = baselines.read_subject(fresh(), images_folder, masked=True)
     assert torch.equal(masked.latents, subject.latents)
     assert masked.masks[0, 0, -1, 0] == 1 > masked.masks[0, 0, 0, 0]  # the gradient is kept
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_only_what_the_method_adds_learns(name, bf16, fit, fresh):
+def test_only_what_the_method_adds_is_trained(name, bf16, train, fresh):
     pipeline = fresh()
     before = tensors(pipeline)
-    fit(name, pipeline, bf16=bf16)
+    train(name, pipeline, bf16=bf16)
     # LoRA moves the projections into another module, beside its own weights.
     after = {key.replace(".base_layer", ""): value for key, value in tensors(pipeline).items()}
     table = next(key for key in before if key.endswith("token_embedding.weight"))
@@ -79,10 +81,10 @@ def test_only_what_the_method_adds_learns(name, bf16, fit, fresh):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
 
-    words = [] if name == "lora" else [WORD]
-    assert len(rows) - len(before[table]) == len(words)
-    if words:
-        row = rows[pipeline.tokenizer.convert_tokens_to_ids(WORD)]
+    tokens = [] if name == "lora" else [TOKEN]
+    assert len(rows) - len(before[table]) == len(tokens)
+    if tokens:
+        row = rows[pipeline.tokenizer.convert_tokens_to_ids(TOKEN)]
         start = before[table][pipeline.tokenizer(SUPERCLASS, add_special_tokens=False).input_ids[-1]]
         assert 0 < (row - start).abs().max() < 0.5
     layers = cross_attention_layers(pipeline.unet)
@@ -100,32 +102,32 @@ def test_only_what_the_method_adds_learns(name, bf16, fit, fresh):
             assert value.shape == original.shape and not torch.equal(value, original)
 
 
-def test_a_lora_learns_where_it_is_told_to(fit, fresh):
+def test_a_lora_is_trained_where_it_is_told_to(train, fresh):
     (changes,) = (
         variant.options["changes"]
         for variant in PANELS["ablations"]
         if variant.name.endswith("keys and values from text")
     )
     pipeline = fresh()
-    fit("lora", pipeline, changes=changes)
+    train("lora", pipeline, changes=changes)
     changed = {name.split(".lora_")[0] for name in pipeline.unet.state_dict() if ".lora_" in name}
     assert changed == {f"{layer}.{to}" for layer in cross_attention_layers(pipeline.unet) for to in ("to_k", "to_v")}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_loaded_file_draws_what_was_learned(name, fit, fresh, generate):
+def test_a_loaded_file_generates_what_was_trained(name, train, fresh, generate):
     method = baselines.METHODS[name]
     trained, loaded = fresh(), fresh()
-    saved = fit(name, trained, save_at=[1, 2])
+    saved = train(name, trained, save_at=[1, 2])
     assert list(saved) == [1, 2] and {folder.name for folder in saved.values()} == {"step-1", "step-2"}
     method.load(loaded, saved[2])
-    prompt = f"a photo of a {method.phrase(WORD, SUPERCLASS)} on the beach"
+    prompt = f"a photo of a {method.phrase(TOKEN, SUPERCLASS)} on the beach"
     expected = generate(prompt, trained)
     rounded = (generate(prompt, loaded) - expected).abs().max()  # by the file, which is in float16
     assert rounded < 5e-3
     plain = fresh()
-    if name != "lora":  # the word as it started
-        plain.tokenizer.add_tokens(WORD)
+    if name != "lora":  # the token as it started
+        plain.tokenizer.add_tokens(TOKEN)
         plain.text_encoder.resize_token_embeddings(len(plain.tokenizer), mean_resizing=False)
         table = plain.text_encoder.get_input_embeddings().weight.data
         table[-1] = table[plain.tokenizer(SUPERCLASS, add_special_tokens=False).input_ids[-1]]
@@ -139,7 +141,7 @@ def test_a_loaded_file_draws_what_was_learned(name, fit, fresh, generate):
     ("lr_scheduler", "expected"),
     [("constant_with_warmup", [0.02, 0.04, 0.06, 0.08, 0.1, 0.1]), ("linear", [0.02, 0.04, 0.06, 0.08, 0.1, 0.05])],
 )
-def test_the_learning_rate_is_that_of_a_fit(fit, fresh, monkeypatch, lr_scheduler, expected):
+def test_the_learning_rate_is_that_of_a_training(train, fresh, monkeypatch, lr_scheduler, expected):
     rates, step = [], torch.optim.AdamW.step
 
     def watched(optimizer):
@@ -147,14 +149,14 @@ def test_the_learning_rate_is_that_of_a_fit(fit, fresh, monkeypatch, lr_schedule
         return step(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    fit("lora", fresh(), steps=6, lr_scheduler=lr_scheduler)
+    train("lora", fresh(), steps=6, lr_scheduler=lr_scheduler)
     assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_seed_decides_the_file(name, fit, fresh):
+def test_the_seed_decides_the_file(name, train, fresh):
     def content(folder, seed):
-        (saved,) = fit(name, fresh(), folder, seed=seed).values()
+        (saved,) = train(name, fresh(), folder, seed=seed).values()
         return {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
 
     torch.manual_seed(1)
@@ -165,9 +167,9 @@ def test_the_seed_decides_the_file(name, fit, fresh):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_files_are_of_the_learned_tensors_in_float16(name, fit, fresh):
+def test_files_are_of_the_trained_tensors_in_float16(name, train, fresh):
     pipeline = fresh()
-    (folder,) = fit(name, pipeline).values()
+    (folder,) = train(name, pipeline).values()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert baselines.bytes_of(folder) == sum(sizes.values())
     for path in folder.glob("*.safetensors"):
@@ -184,41 +186,42 @@ def test_files_are_of_the_learned_tensors_in_float16(name, fit, fresh):
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "custom_diffusion"])
-def test_two_concepts_are_loaded_together(name, fit, fresh, generate):
+def test_two_concepts_are_loaded_together(name, train, fresh, generate):
     method = baselines.METHODS[name]
     assert method.several
-    words = [WORD, "<my-dog>"]
+    tokens = [TOKEN, "<my-dog>"]
     folders = [
-        next(iter(fit(name, fresh(), f"fit-{seed}", word, seed=seed).values())) for seed, word in enumerate(words)
+        next(iter(train(name, fresh(), f"training-{seed}", token, seed=seed).values()))
+        for seed, token in enumerate(tokens)
     ]
     both = fresh()
     method.load(both, *folders)
-    prompt = "a photo of " + " and ".join(method.phrase(word, SUPERCLASS) for word in words)
-    drawn = generate(prompt, both)
+    prompt = "a photo of " + " and ".join(method.phrase(token, SUPERCLASS) for token in tokens)
+    combined = generate(prompt, both)
     for folder in folders:
         one = fresh()
         method.load(one, folder)
-        assert (generate(prompt, one) - drawn).abs().max() > 1e-3
+        assert (generate(prompt, one) - combined).abs().max() > 1e-3
     if name == "textual_inversion":
-        for folder, word in zip(folders, words, strict=True):
-            row = both.text_encoder.get_input_embeddings().weight[both.tokenizer.convert_tokens_to_ids(word)]
-            (saved,) = load_file(folder / baselines.WORD_FILE).values()
+        for folder, token in zip(folders, tokens, strict=True):
+            row = both.text_encoder.get_input_embeddings().weight[both.tokenizer.convert_tokens_to_ids(token)]
+            (saved,) = load_file(folder / baselines.EMBEDDING_FILE).values()
             assert torch.equal(row.half(), saved[0])
 
 
-def test_low_precision_gives_the_same_gradients(fit, fresh):
+def test_low_precision_gives_the_same_gradients(train, fresh):
     # The first step of Adam is little more than the sign of the gradient.
     embeddings = {}
     for bf16 in (False, True):
         pipeline = fresh()
-        fit("textual_inversion", pipeline, f"bf16-{bf16}", steps=1, bf16=bf16)
+        train("textual_inversion", pipeline, f"bf16-{bf16}", steps=1, bf16=bf16)
         embeddings[bf16] = pipeline.text_encoder.get_input_embeddings().weight[-1]
     assert torch.isclose(embeddings[True], embeddings[False], atol=1e-4).float().mean() > 0.9
 
 
-def test_a_word_that_is_known_or_gradients_that_are_zero_are_refused(fit, fresh):
+def test_a_known_token_or_gradients_that_are_zero_are_refused(train, fresh):
     with pytest.raises(ValueError, match="knows 'cat' already"):
-        fit("textual_inversion", fresh(), word="cat")
+        train("textual_inversion", fresh(), placeholder_token="cat")
     pipeline = fresh()
     with pytest.raises(RuntimeError, match="gradients of step 1 are zero"):
-        fit("textual_inversion", pipeline, word="<a-word>", phrase="dog")
+        train("textual_inversion", pipeline, placeholder_token="<a-token>", phrase="dog")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from functools import partial
 
 import ceiling
@@ -15,23 +16,24 @@ import run
 import subjects
 import torch
 import two_concepts
+from accelerate.state import AcceleratorState, GradientState
 from icons import BASE_RENDITIONS, CONCEPT_RENDITION, load_sprites
 from PIL import Image
-from variants import Base, Perfusion, Rival
+from variants import Base, Baseline, Perfusion
 from world import Thing
 
 from diffusers_perfusion.evaluation import IdentityEncoder
 
 
-def test_the_pictures_of_a_thing_are_the_same_each_time(tmp_path):
-    one, two = (subjects.draw_subject("teddy-bear", tmp_path / name) for name in ("one", "two"))
-    assert (one.word, one.superclass) == ("<my-bear>", "teddy bear")
+def test_the_images_of_a_thing_are_the_same_each_time(tmp_path):
+    one, two = (subjects.compose_subject("teddy-bear", tmp_path / name) for name in ("one", "two"))
+    assert (one.placeholder_token, one.superclass) == ("<my-bear>", "teddy bear")
     files = sorted(path.relative_to(one.folder) for path in one.folder.rglob("*.png"))
-    assert len(files) == 10 and len(one.pictures()) == 5
+    assert len(files) == 10 and len(one.images()) == 5
     assert all((one.folder / file).read_bytes() == (two.folder / file).read_bytes() for file in files)
     for path in one.folder.glob("*.png"):
-        with Image.open(path) as picture, Image.open(one.folder / "masks" / path.name) as mask:
-            assert picture.size == mask.size
+        with Image.open(path) as image, Image.open(one.folder / "masks" / path.name) as mask:
+            assert image.size == mask.size
             assert mask.getextrema() == (0, 255)
 
 
@@ -39,7 +41,7 @@ def test_the_pictures_of_a_thing_are_the_same_each_time(tmp_path):
 def short(monkeypatch, tmp_path):
     """Run a panel of one thing, the base and a LoRA of one step."""
     monkeypatch.setitem(compare.ICONS, "main", ("robot",))
-    monkeypatch.setitem(compare.PANELS, "main", [Base(), Rival("lora", "lora", 1e-3, (1,), options={"rank": 2})])
+    monkeypatch.setitem(compare.PANELS, "main", [Base(), Baseline("lora", "lora", 1e-3, (1,), options={"rank": 2})])
 
     def run():
         compare.main(f"--seeds 1 --num_inference_steps 1 --processes 0 --output_dir {tmp_path}".split())
@@ -48,18 +50,18 @@ def short(monkeypatch, tmp_path):
     return run
 
 
-def test_a_panel_is_fitted_drawn_and_reported_once(short, monkeypatch, tmp_path):
+def test_a_panel_is_trained_generated_and_reported_once(short, monkeypatch, tmp_path):
     for name, folder in short().items():
         facts = json.loads((folder / "run.json").read_text())
         assert facts["points"] == [{"steps": int(name == "lora"), "knob": None}]
         assert (facts["seeds"], facts["bytes"] > 0) == (1, name == "lora")
-        with Image.open(folder / "pictures.png") as picture:
-            assert picture.size == (64 * len(subjects.PROMPTS), 64)
-            assert np.asarray(picture).std() > 1
+        with Image.open(folder / "images.png") as image:
+            assert image.size == (64 * len(subjects.PROMPTS), 64)
+            assert np.asarray(image).std() > 1
     monkeypatch.setattr(compare, "job", None)
     short()
 
-    monkeypatch.setattr(report, "SHEET", (("base model", "base", 0), ("LoRA", "lora", 0)))
+    monkeypatch.setattr(report, "CONTACT_SHEET", (("base model", "base", 0), ("LoRA", "lora", 0)))
     results = tmp_path / "results"
     report.main(["--output_dir", str(tmp_path), "--report_dir", str(results)])
     rows = json.loads((results / "main.json").read_text())["rows"]
@@ -73,24 +75,37 @@ def test_a_panel_is_fitted_drawn_and_reported_once(short, monkeypatch, tmp_path)
         assert float(columns[4].split()[0]) == pytest.approx(text, abs=2e-3)
         assert float(columns[5].split()[0]) == pytest.approx(share, abs=2e-3)
     for name in ("main.png", "robot.png"):
-        with Image.open(results / name) as picture:
-            assert picture.width > 300
+        with Image.open(results / name) as image:
+            assert image.width > 300
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with runs of the base and of Perfusion, one step each, on two things."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compare.ICONS, "main", ("robot", "penguin"))
+        perfusion = Perfusion("perfusion", {"max_train_steps": 1}, biases=(0.7,))
+        patch.setitem(compare.PANELS, "main", [Base(), perfusion])
+        compare.main(f"--seeds 1 --num_inference_steps 1 --processes 0 --output_dir {folder}".split())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return folder
 
 
 @pytest.fixture
-def fitted(tmp_path, monkeypatch, fresh_accelerate):
-    """A folder with runs of the base and of Perfusion, one step each, on two things."""
+def trained(runs, tmp_path, monkeypatch):
+    """A copy of the runs, and the panel that they are of."""
     monkeypatch.setitem(compare.ICONS, "main", ("robot", "penguin"))
     perfusion = Perfusion("perfusion", {"max_train_steps": 1}, biases=(0.7,))
     monkeypatch.setitem(compare.PANELS, "main", [Base(), perfusion])
-    compare.main(f"--seeds 1 --num_inference_steps 1 --processes 0 --output_dir {tmp_path}".split())
-    return tmp_path
+    return shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
 
 
-def test_plain_prompts_are_drawn_before_and_while_a_concept_is_loaded(fitted, monkeypatch, tmp_path):
+def test_plain_prompts_are_generated_before_and_while_a_concept_is_loaded(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(plain_prompts, "TEST", ("robot",))
     monkeypatch.setattr(plain_prompts, "PROMPTS", ("a {} in space",))
-    arguments = ["--output_dir", str(fitted), "--report_dir", str(tmp_path)]
+    arguments = ["--output_dir", str(trained), "--report_dir", str(tmp_path)]
     plain_prompts.main(arguments)
     assert json.loads((tmp_path / "plain_prompts.json").read_text()) == {"robot": 0.0}
 
@@ -99,18 +114,18 @@ def test_plain_prompts_are_drawn_before_and_while_a_concept_is_loaded(fitted, mo
     assert json.loads((tmp_path / "plain_prompts.json").read_text())["robot"] > 0.01
 
 
-def test_a_picture_is_as_near_as_the_nearest_of_some_sets(monkeypatch):
+def test_an_image_is_as_near_as_the_nearest_of_some_sets(monkeypatch):
     near = {"a": torch.tensor([0.2, 0.6]), "b": torch.tensor([0.5, 0.1])}
-    monkeypatch.setattr(ceiling, "picture_similarity", lambda encoder, pictures, references: near[references])
+    monkeypatch.setattr(ceiling, "image_similarity", lambda encoder, images, references: near[references])
     torch.testing.assert_close(ceiling.nearest(None, None, ["a", "b"]), torch.tensor([0.5, 0.6]))
 
 
-def test_the_base_is_scored_beside_true_pictures(fitted, monkeypatch, tmp_path):
+def test_the_base_is_scored_beside_true_images(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(ceiling, "TEST", ("robot", "penguin"))
-    ceiling.main(["--output_dir", str(fitted), "--report_dir", str(tmp_path)])
+    ceiling.main(["--output_dir", str(trained), "--report_dir", str(tmp_path)])
     scores = json.loads((tmp_path / "ceiling.json").read_text())
-    drawn_in_one_step, true = (scores[kind] for kind in ceiling.KINDS)
-    assert drawn_in_one_step["high"] < true["low"] < true["mean"] < 1
+    generated_in_one_step, true = (scores[kind] for kind in ceiling.KINDS)
+    assert generated_in_one_step["high"] < true["low"] < true["mean"] < 1
 
 
 def test_sizes_are_of_what_each_method_stores(tmp_path):
@@ -125,7 +140,7 @@ def test_every_part_is_run(monkeypatch, tmp_path):
     calls = []
     for part in parts:
         monkeypatch.setattr(part, "main", lambda args, name=part.__name__: calls.append((name, args)))
-    run.main(["--output_dir", "drawn", "--report_dir", str(tmp_path)])
+    run.main(["--output_dir", "generated", "--report_dir", str(tmp_path)])
     assert {name for name, _ in calls} == {part.__name__ for part in parts}
     assert [args[1] for name, args in calls if name == "report"] == list(compare.PANELS)
     assert all(str(tmp_path) in args for name, args in calls if name != "compare")
@@ -134,25 +149,25 @@ def test_every_part_is_run(monkeypatch, tmp_path):
 # Two concepts
 
 
-def test_what_two_things_were_drawn_as_is_counted(fitted, monkeypatch, tmp_path):
+def test_both_subjects_of_an_image_are_counted(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(two_concepts, "TEST", ("robot", "penguin"))
     monkeypatch.setattr(two_concepts, "PROMPTS", two_concepts.PROMPTS[:2])
     monkeypatch.setattr(two_concepts, "Finder", partial(two_concepts.Finder, views=10))
     monkeypatch.setattr(two_concepts, "ENTRIES", two_concepts.ENTRIES[:2])
-    two_concepts.main(["--seeds", "1", "--output_dir", str(fitted), "--report_dir", str(tmp_path)])
+    two_concepts.main(["--seeds", "1", "--output_dir", str(trained), "--report_dir", str(tmp_path)])
     counted = json.loads((tmp_path / "two_concepts.json").read_text())
     assert list(counted)[2:] == ["base model, two nouns", "Perfusion, β 1.0"]
     for shares in counted.values():
         assert list(shares) == list(two_concepts.MEASURES)
         assert all(0 <= share["low"] <= share["mean"] <= share["high"] <= 1 for share in shares.values())
-    with Image.open(tmp_path / "two_concepts.png") as picture:
-        assert picture.height == 64 * len(counted)
+    with Image.open(tmp_path / "two_concepts.png") as image:
+        assert image.height == 64 * len(counted)
 
 
 def test_halves_are_left_and_right_of_each_other():
-    picture = Image.new("RGB", (64, 64), "red")
-    picture.paste("blue", (32, 0, 64, 64))
-    left, right = two_concepts.halves(picture)
+    image = Image.new("RGB", (64, 64), "red")
+    image.paste("blue", (32, 0, 64, 64))
+    left, right = two_concepts.halves(image)
     assert left.size == right.size
     assert (left.getpixel((4, 4)), right.getpixel((36, 4))) == ((255, 0, 0), (0, 0, 255))
 
@@ -168,7 +183,7 @@ def finder(sprites):
     return two_concepts.Finder(identity, sprites, ("robot", "penguin"), views=40)
 
 
-def draw_pairs(sprites, first, second, count=24):
+def render_pairs(sprites, first, second, count=24):
     rng = random.Random(3)
     return [two_concepts.side_by_side(Thing(*first), Thing(*second), sprites, rng) for _ in range(count)]
 
@@ -185,12 +200,14 @@ def draw_pairs(sprites, first, second, count=24):
     ],
 )
 def test_both_things_are_found_where_both_are(finder, sprites, first, second, low, high):
-    assert low <= finder.both(draw_pairs(sprites, first, second), "robot", "penguin").float().mean() <= high
+    assert low <= finder.both(render_pairs(sprites, first, second), "robot", "penguin").float().mean() <= high
 
 
 def test_which_of_both_is_on_which_side_is_known(finder, sprites):
     found = (
-        finder.find(draw_pairs(sprites, ("robot", CONCEPT_RENDITION), ("penguin", CONCEPT_RENDITION))).float().mean(0)
+        finder.find(render_pairs(sprites, ("robot", CONCEPT_RENDITION), ("penguin", CONCEPT_RENDITION)))
+        .float()
+        .mean(0)
     )
     assert found.diagonal().min() > 0.65
     assert (1 - torch.eye(2)).mul(found).max() < 0.2

@@ -1,4 +1,4 @@
-"""The stages of examples/pocket/recipe, cut short, from sprites to a pipeline that draws and evaluators that judge."""
+"""The stages of examples/pocket/recipe, cut short, from sprites to a pipeline and evaluators."""
 
 import json
 import random
@@ -57,7 +57,7 @@ def built(tmp_path_factory):
     return SimpleNamespace(folder=folder, data=folder / "data", unet=unet)
 
 
-def test_the_exported_folder_is_a_pipeline_that_draws(built):
+def test_the_exported_folder_is_a_pipeline(built):
     pipeline = StableDiffusionPipeline.from_pretrained(built.folder / "model")
     pipeline.set_progress_bar_config(disable=True)
     (image,) = pipeline("a cat on the beach", num_inference_steps=2, output_type="pt").images
@@ -68,13 +68,13 @@ def test_the_exported_folder_is_a_pipeline_that_draws(built):
 
 
 def test_the_evaluators_load_like_any_other(built):
-    pictures = [Image.new("RGB", (80, 64), colour) for colour in ("red", "blue")]
+    images = [Image.new("RGB", (80, 64), colour) for colour in ("red", "blue")]
     clip = ClipEncoder.from_pretrained(str(built.folder / "clip"))
-    assert clip.encode_pictures(pictures).shape == clip.encode_texts(["a cat", "a dog"]).shape
-    assert IdentityEncoder.from_pretrained(str(built.folder / "identity")).encode_pictures(pictures).isfinite().all()
+    assert clip.encode_images(images).shape == clip.encode_texts(["a cat", "a dog"]).shape
+    assert IdentityEncoder.from_pretrained(str(built.folder / "identity")).encode_images(images).isfinite().all()
 
 
-def test_an_evaluator_sees_pictures_as_it_did_in_training(built, monkeypatch):
+def test_an_evaluator_sees_images_as_it_did_in_training(built, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     processor = ClipEncoder.from_pretrained(str(built.folder / "clip")).image_processor
     seen = processor(images=Image.fromarray(pixels), return_tensors="pt").pixel_values
@@ -83,9 +83,9 @@ def test_an_evaluator_sees_pictures_as_it_did_in_training(built, monkeypatch):
 
 
 def test_latents_and_tokens_are_those_of_the_scenes(built):
-    pictures, latents, tokens = (np.load(built.data / f"{name}.npy") for name in ("scenes", "latents", "tokens"))
+    images, latents, tokens = (np.load(built.data / f"{name}.npy") for name in ("scenes", "latents", "tokens"))
     captions = (built.data / "captions.txt").read_text().splitlines()
-    assert pictures.shape == (CAPTIONS, 64, 64, 3) and len(captions) == CAPTIONS
+    assert images.shape == (CAPTIONS, 64, 64, 3) and len(captions) == CAPTIONS
     assert latents.shape == (CAPTIONS, 4, 16, 16) and latents.astype(np.float32).std() == pytest.approx(1, abs=0.1)
     tokenizer = train_tokenizer.CLIPTokenizer.from_pretrained(built.folder / "tokenizer")
     assert [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens] == captions
@@ -97,7 +97,7 @@ def test_the_tokenizer_knows_the_worlds_words_and_every_byte(built):
     assert tokenizer.decode(tokenizer("zèbre ☂").input_ids, skip_special_tokens=True).strip() == "zèbre ☂"
 
 
-def test_the_unet_goes_on_from_where_it_was_stopped(built, tmp_path, monkeypatch):
+def test_the_unet_training_is_resumed(built, tmp_path, monkeypatch):
     command = [*built.unet[:-1], str(tmp_path), "--steps", "4"]
     take_step, taken = train_unet.Optimiser.step, []
 
@@ -166,7 +166,7 @@ def test_captions_are_as_frequent_as_the_models_own(sprites):
 
 def test_scenes_show_what_their_captions_say(sprites):
     cat = world.Thing("cat", "noto")
-    draws = {}
+    renders = {}
     for name, scene in {
         "cat": world.Scene(cat, "on a white background"),
         "hat": world.Scene(world.replace(cat, worn="top-hat"), "on a white background"),
@@ -174,12 +174,12 @@ def test_scenes_show_what_their_captions_say(sprites):
         "grey": world.Scene(cat, "on a white background", opening=world.BLACK_AND_WHITE),
         "two": world.Scene(cat, "on a white background", "and", world.Thing("bus", "noto")),
     }.items():
-        draws[name] = np.mean([scene.draw(sprites, random.Random(n)) for n in range(20)], axis=0)
-    red, blue = (draws["blue"] - draws["cat"])[20:44, 20:44].mean((0, 1))[[0, 2]]
+        renders[name] = np.mean([scene.draw(sprites, random.Random(n)) for n in range(20)], axis=0)
+    red, blue = (renders["blue"] - renders["cat"])[20:44, 20:44].mean((0, 1))[[0, 2]]
     assert blue > red + 20
-    assert np.ptp(draws["grey"], axis=-1).max() == 0
-    assert draws["hat"][4:12, 28:36].mean() < draws["cat"][4:12, 28:36].mean() - 20
-    assert draws["two"][28:44, 50:58].mean() < draws["cat"][28:44, 50:58].mean() - 20
+    assert np.ptp(renders["grey"], axis=-1).max() == 0
+    assert renders["hat"][4:12, 28:36].mean() < renders["cat"][4:12, 28:36].mean() - 20
+    assert renders["two"][28:44, 50:58].mean() < renders["cat"][28:44, 50:58].mean() - 20
 
 
 def test_another_look_is_another_thing(sprites):
@@ -224,8 +224,8 @@ def test_both_optimisers_go_downhill_and_leave_alone_what_is_frozen():
     assert unmoved == ["1.weight"]
 
 
-def test_the_same_caption_of_another_picture_is_not_wrong():
-    ids = torch.tensor([[1], [1], [2], [3], [4], [1]])  # of three pictures, and with a word changed
+def test_the_same_caption_of_another_image_is_not_wrong():
+    ids = torch.tensor([[1], [1], [2], [3], [4], [1]])  # of three images, and with a word changed
     logits = torch.tensor([[5.0, 5, 0, 0, 0, 5], [5, 5, 0, 0, 0, 5], [0, 0, 5, 0, 0, 0]])
     assert train_clip.contrastive_loss(logits, ids) < 0.1
     wrong = logits.clone()
@@ -237,11 +237,11 @@ def test_icons_become_sprites(tmp_path, monkeypatch):
     """resvg is not needed here: it is replaced by one that draws a box as wide as the SVG's text is long."""
 
     def svg_to_bytes(svg_string):
-        drawn = Image.new("RGBA", (96, 96))
-        ImageDraw.Draw(drawn).rectangle([10, 20, 10 + len(svg_string) % 40, 60], fill="red")
-        with (tmp_path / "drawn.png").open("wb") as file:
-            drawn.save(file, "png")
-        return (tmp_path / "drawn.png").read_bytes()
+        box = Image.new("RGBA", (96, 96))
+        ImageDraw.Draw(box).rectangle([10, 20, 10 + len(svg_string) % 40, 60], fill="red")
+        with (tmp_path / "box.png").open("wb") as file:
+            box.save(file, "png")
+        return (tmp_path / "box.png").read_bytes()
 
     monkeypatch.setitem(sys.modules, "resvg_py", SimpleNamespace(svg_to_bytes=svg_to_bytes))
     for rendition in (*icons.BASE_RENDITIONS, icons.CONCEPT_RENDITION):

@@ -1,59 +1,65 @@
-"""`perfusion fit | fit-many | generate | sweep | info | push | pull | search`, for people who write no Python."""
+"""The command line: `perfusion train | generate | sweep | info | push | pull | search`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from .drawing import add_generate_arguments, add_sweep_arguments, generate, sweep
-from .fitting import add_fit_arguments, add_fit_many_arguments, fit, fit_many
-from .sharing import (
-    add_info_arguments,
-    add_pull_arguments,
-    add_push_arguments,
-    add_search_arguments,
-    info,
-    pull,
-    push,
-    search,
-)
-
-__all__ = ["add_fit_arguments", "fit", "main"]
+__all__ = ["main"]
 
 INTERRUPTED = 130
 
+# Each command has a module with `add_<command>_arguments(parser)` and a function of its name. The module is imported
+# when the command is given, and imports torch and diffusers inside the function: they take seconds.
 _COMMANDS = {
-    "fit": (fit, add_fit_arguments, "Fit a concept to a folder of pictures."),
-    "fit-many": (fit_many, add_fit_many_arguments, "Fit a table of concepts, one after the other or in processes."),
-    "generate": (generate, add_generate_arguments, "Draw prompts with concepts."),
-    "sweep": (sweep, add_sweep_arguments, "Find the best bias and temperature of a concept."),
-    "info": (info, add_info_arguments, "Show what is in a concept file, without a model."),
-    "push": (push, add_push_arguments, "Share a concept file on the Hub."),
-    "pull": (pull, add_pull_arguments, "Copy a concept file from the Hub."),
-    "search": (search, add_search_arguments, "List concepts on the Hub."),
+    "train": ("train", "Train a concept, or a table of concepts, on images of a subject."),
+    "generate": ("generate", "Generate images with concepts."),
+    "sweep": ("sweep", "Find the best bias, temperature and checkpoint of a concept."),
+    "info": ("sharing", "Show the description in a concept file, without loading a model."),
+    "push": ("sharing", "Push a concept file to the Hub."),
+    "pull": ("sharing", "Download a concept file from the Hub."),
+    "search": ("sharing", "List concepts on the Hub."),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, 1 for bad input (one sentence on stderr) or 130 for Ctrl-C."""
+    """Run the command line.
+
+    Args:
+        argv: arguments; by default those of the process.
+
+    Returns:
+        The exit status: 0, 1 for bad input (with one sentence on stderr) or 130 for Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="perfusion", description="Personalise a text-to-image model with Perfusion.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, (run, add_arguments, help) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
-        if name in argv[:1]:  # the flags of a fit need the packages that a fit needs
-            try:
-                add_arguments(command)
-            except ImportError as error:
-                print(f"perfusion: {error}; install diffusers_perfusion[train]", file=sys.stderr)
-                return 1
-        command.set_defaults(run=run)
-    arguments = vars(parser.parse_args(argv))
-    run = arguments.pop("run")
+    parser = argparse.ArgumentParser(
+        prog="perfusion",
+        description="Personalise a text-to-image model with Perfusion.",
+        epilog="`perfusion COMMAND --help` lists the flags of a command, with an example.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command, run = parser, None
+    for name, (module, help) in _COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name in argv[:1]:
+            functions = import_module(f".{module}", __name__)
+            command, run = subparser, getattr(functions, name)
+            getattr(functions, f"add_{name}_arguments")(subparser)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    assert run is not None  # argparse exits unless a command is given
     try:
-        run(**arguments)
+        run(**vars(arguments))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
         # Errors of the libraries have several lines.
         print(f"perfusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -1,37 +1,46 @@
-"""What the commands share."""
+"""Functions that several commands use."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
 
-from ..families import text_encoders
-from ..loaders import add_perfusion
+def load_pipeline(base: str, **options: Any) -> Any:
+    """Load the pipeline of a base model with Perfusion's methods, and without a safety checker and progress bars.
 
+    Args:
+        base: Hub id or folder.
+        options: more for `from_pretrained`.
+    """
+    from diffusers import DiffusionPipeline
 
-def unchecked(base: str, **options: Any) -> Any:
-    """The pipeline of a base model, of whichever family, without the safety checker that some have."""
+    from ..loaders import add_perfusion
+
     if "safety_checker" in DiffusionPipeline.load_config(base, revision=options.get("revision")):
         options |= {"safety_checker": None, "requires_safety_checker": False}
-    return add_perfusion(DiffusionPipeline.from_pretrained(base, **options))
+    pipeline = add_perfusion(DiffusionPipeline.from_pretrained(base, **options))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def place(pipeline: Any, device: torch.device) -> None:
-    """Put a pipeline on its device: in half precision, but in full precision on a CPU."""
+def place(pipeline: Any, device: Any) -> None:
+    """Move a pipeline to a device: in half precision, or on a CPU in full precision."""
+    import torch
+
+    from ..model_families import family_of
+
     if device.type == "cpu":
-        # Some releases of transformers keep the half precision that a text encoder was stored in; a CPU cannot use it.
-        for model in text_encoders(pipeline).models:
+        # Some releases of transformers keep the half precision of a text encoder's file, which a CPU cannot use.
+        for model in family_of(pipeline).text_encoders:
             model.float()
     else:
         pipeline.to(device, torch.float16)
 
 
 def printable(value: Any) -> str:
-    """A stranger's text without what a terminal would obey."""
+    """Return a text from a file or the Hub without the characters that control a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 def describe(path: Path) -> str:
-    """A file that a command has written, in a line."""
+    """Return the name and size of a file that a command has written."""
     return f"{path} ({path.stat().st_size:,} bytes)"

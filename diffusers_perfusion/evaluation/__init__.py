@@ -1,22 +1,31 @@
-"""How well a concept does: its pictures against the prompt, against the subject, and against the base model's."""
+"""Evaluation of concepts: metrics of their images, and sweeps over bias, temperature and checkpoint."""
 
 from .encoders import ClipEncoder, IdentityEncoder
-from .judge import Judge, Scores, mean_scores
-from .metrics import Mean, bootstrap_mean, drift, picture_similarity, superclass_prompt, text_alignment
+from .metrics import (
+    ConceptMetrics,
+    Mean,
+    Scores,
+    bootstrap_mean,
+    drift,
+    image_similarity,
+    mean_scores,
+    superclass_prompt,
+    text_alignment,
+)
 from .sweep import Sweep, SweepRow, sweep
 
 __all__ = [
     "ClipEncoder",
+    "ConceptMetrics",
     "IdentityEncoder",
-    "Judge",
     "Mean",
     "Scores",
     "Sweep",
     "SweepRow",
     "bootstrap_mean",
     "drift",
+    "image_similarity",
     "mean_scores",
-    "picture_similarity",
     "superclass_prompt",
     "sweep",
     "text_alignment",

@@ -1,4 +1,4 @@
-"""Pictures and texts as unit vectors, in the space of a CLIP or of a DINO-style encoder."""
+"""Encoders of images and texts as unit vectors: a CLIP, and a DINO-style vision transformer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,32 +10,32 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-BATCH = 64
+BATCH_SIZE = 64
 
 
 class _Encoder(ABC):
-    """A model in evaluation mode, and how it sees pictures."""
+    """A model in evaluation mode, with its image processor."""
 
     def __init__(self, model: Any, image_processor: Any):
         self.model = model.eval().requires_grad_(False)
         self.image_processor = image_processor
 
-    def encode_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Encode pictures of any size, as the model's own image processor scales and crops them.
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Encode images of any size, scaled and cropped by the model's own image processor.
 
         Returns:
-            Float32 on the CPU, `(len(pictures), d)`; the rows have length 1.
+            Float32 on the CPU, `(len(images), d)`; the rows have length 1.
         """
-        return _in_batches(self._encode_pictures, [picture.convert("RGB") for picture in pictures])
+        return _in_batches(self._encode_images, [image.convert("RGB") for image in images])
 
     @torch.no_grad()
-    def _encode_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = self.image_processor(images=list(pictures), return_tensors="pt").pixel_values
-        return self._picture_embeddings(pixels.to(self.model.device, self.model.dtype))
+    def _encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.image_processor(images=list(images), return_tensors="pt").pixel_values
+        return self._image_embeddings(pixels.to(self.model.device, self.model.dtype))
 
     @abstractmethod
-    def _picture_embeddings(self, pixels: Tensor) -> Tensor:
-        """Embeddings of preprocessed pictures, `(batch, d)`, of any length."""
+    def _image_embeddings(self, pixels: Tensor) -> Tensor:
+        """Return embeddings of preprocessed images, `(batch, d)`, of any length."""
 
 
 class ClipEncoder(_Encoder):
@@ -56,8 +56,8 @@ class ClipEncoder(_Encoder):
         """Load one in float32.
 
         Args:
-            source: id on the Hub, such as "openai/clip-vit-large-patch14", or folder.
-            device: where it runs.
+            source: Hub id, such as "openai/clip-vit-large-patch14", or folder.
+            device: of the model.
             kwargs: more for each `from_pretrained`, such as `revision` or `token`.
         """
         return cls(
@@ -67,7 +67,7 @@ class ClipEncoder(_Encoder):
         )
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts; one that is too long is cut.
+        """Encode texts; one that is too long is truncated.
 
         Returns:
             Float32 on the CPU, `(len(texts), d)`; the rows have length 1.
@@ -82,12 +82,12 @@ class ClipEncoder(_Encoder):
         output = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return self.model.text_projection(output.pooler_output)
 
-    def _picture_embeddings(self, pixels: Tensor) -> Tensor:
+    def _image_embeddings(self, pixels: Tensor) -> Tensor:
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
 
 class IdentityEncoder(_Encoder):
-    """A vision transformer whose CLS embedding tells things apart: DINOv2 (Oquab et al. 2023, arXiv 2304.07193).
+    """A vision transformer whose CLS embedding tells objects apart: DINOv2 (Oquab et al. 2023, arXiv 2304.07193).
 
     Args:
         model: of `transformers`, with the CLS token first: DINOv2, DINO or another.
@@ -99,8 +99,8 @@ class IdentityEncoder(_Encoder):
         """Load one in float32.
 
         Args:
-            source: id on the Hub, such as "facebook/dinov2-base", or folder.
-            device: where it runs.
+            source: Hub id, such as "facebook/dinov2-base", or folder.
+            device: of the model.
             kwargs: more for each `from_pretrained`, such as `revision` or `token`.
         """
         return cls(
@@ -108,13 +108,13 @@ class IdentityEncoder(_Encoder):
             AutoImageProcessor.from_pretrained(source, **kwargs),
         )
 
-    def _picture_embeddings(self, pixels: Tensor) -> Tensor:
+    def _image_embeddings(self, pixels: Tensor) -> Tensor:
         return self.model(pixel_values=pixels).last_hidden_state[:, 0]
 
 
 def _in_batches(encode: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
-    """Unit vectors of items, not all of them in memory at once."""
+    """Encode items in batches and normalise the results."""
     if not items:
-        raise ValueError("there is nothing to encode; expected at least one picture or text")
-    parts = [encode(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+        raise ValueError("there is nothing to encode; expected at least one image or text")
+    parts = [encode(items[start : start + BATCH_SIZE]) for start in range(0, len(items), BATCH_SIZE)]
     return F.normalize(torch.cat(parts).float().cpu(), dim=-1)

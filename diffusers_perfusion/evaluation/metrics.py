@@ -1,4 +1,4 @@
-"""Scores of pictures: text alignment (CLIP-T), similarity to the subject (CLIP-I, identity), and drift."""
+"""Metrics of images: text alignment (CLIP-T), similarity to the subject (CLIP-I, identity), and drift."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,74 +11,129 @@ from .encoders import ClipEncoder, IdentityEncoder
 
 
 def superclass_prompt(prompt: str, superclasses: Mapping[str, str]) -> str:
-    """The prompt as a CLIP can read it: with the super-category in place of each concept word.
+    """Return a prompt that CLIP can read, with the super-class in place of each placeholder token.
 
     Args:
         prompt: such as "a <my-bear> next to a <my-mug>".
-        superclasses: of each concept word, such as `{"<my-bear>": "teddy bear", "<my-mug>": "mug"}`.
+        superclasses: by placeholder token, such as `{"<my-bear>": "teddy bear", "<my-mug>": "mug"}`.
 
     Raises:
-        ValueError: if none of the words is in the prompt.
+        ValueError: if none of the placeholder tokens is in the prompt.
     """
-    if not any(word in prompt for word in superclasses):
-        raise ValueError(f"the prompt {prompt!r} has no concept word; expected one of {sorted(superclasses)}")
-    # The longest first: one concept word may begin another.
-    for word in sorted(superclasses, key=len, reverse=True):
-        prompt = prompt.replace(word, superclasses[word])
+    if not any(token in prompt for token in superclasses):
+        raise ValueError(f"the prompt {prompt!r} has no placeholder token; expected one of {sorted(superclasses)}")
+    # The longest first: one placeholder token may begin another.
+    for token in sorted(superclasses, key=len, reverse=True):
+        prompt = prompt.replace(token, superclasses[token])
     return prompt
 
 
-def text_alignment(clip: ClipEncoder, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """CLIP-T: the cosine between each picture and its prompt (Hessel et al. 2021, CLIPScore, arXiv 2104.08718).
+def text_alignment(clip: ClipEncoder, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """Compute CLIP-T, the cosine between each image and its prompt (Hessel et al. 2021, arXiv 2104.08718).
 
     Args:
-        clip: the judge.
-        pictures: of any sizes.
-        prompts: one a picture, with super-categories for concept words (see `superclass_prompt`).
+        clip: encoder of images and texts.
+        images: of any sizes.
+        prompts: one per image, with super-classes for placeholder tokens (see `superclass_prompt`).
 
     Returns:
-        In [-1, 1], `(len(pictures),)`.
+        In [-1, 1], `(len(images),)`.
 
     Raises:
-        ValueError: if there are not as many prompts as pictures.
+        ValueError: if there are not as many prompts as images.
     """
-    if len(pictures) != len(prompts):
-        raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts; expected one prompt a picture")
-    return (clip.encode_pictures(pictures) * clip.encode_texts(prompts)).sum(-1)
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts; expected one prompt per image")
+    return (clip.encode_images(images) * clip.encode_texts(prompts)).sum(-1)
 
 
-def picture_similarity(
-    encoder: ClipEncoder | IdentityEncoder, pictures: Sequence[Image.Image], references: Sequence[Image.Image]
+def image_similarity(
+    encoder: ClipEncoder | IdentityEncoder, images: Sequence[Image.Image], references: Sequence[Image.Image]
 ) -> Tensor:
-    """The cosine between each picture and the subject's own pictures, averaged over these.
+    """Compute the cosine between each image and the subject's own images, averaged over these.
 
     With a CLIP this is CLIP-I (Gal et al. 2022, arXiv 2208.01618), with a DINO-style encoder the identity similarity
     (called DINO in DreamBooth, Ruiz et al. 2022, arXiv 2208.12242).
 
     Args:
-        encoder: the judge.
-        pictures: of any sizes.
-        references: the pictures that the concept was fitted to.
+        encoder: of images.
+        images: of any sizes.
+        references: the training images.
 
     Returns:
-        In [-1, 1], `(len(pictures),)`.
+        In [-1, 1], `(len(images),)`.
     """
-    return encoder.encode_pictures(pictures) @ encoder.encode_pictures(references).mean(0)
+    return encoder.encode_images(images) @ encoder.encode_images(references).mean(0)
 
 
-def drift(pictures: Tensor, base: Tensor) -> float:
-    """The largest change of any pixel: 0 for pictures of prompts without the concept word, or a concept leaks.
+def drift(images: Tensor, base: Tensor) -> float:
+    """Return the largest change of any pixel; it is 0 for prompts without a placeholder token, unless a concept leaks.
 
     Args:
-        pictures: drawn with the concept loaded, such as `pipeline(..., output_type="pt").images`.
-        base: drawn by the base model from the same noise.
+        images: generated with the concept loaded, such as `pipeline(..., output_type="pt").images`.
+        base: generated by the base model from the same noise.
 
     Raises:
         ValueError: if the shapes differ.
     """
-    if pictures.shape != base.shape:
-        raise ValueError(f"pictures of shape {tuple(pictures.shape)} and base of shape {tuple(base.shape)}")
-    return (pictures - base).abs().max().item()
+    if images.shape != base.shape:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} and base of shape {tuple(base.shape)}; expected one shape"
+        )
+    return (images - base).abs().max().item()
+
+
+class Scores(NamedTuple):
+    """The similarity of an image to the subject and to its prompt.
+
+    Attributes:
+        identity: similarity to the training images, see `image_similarity`.
+        text: alignment with the prompt, see `text_alignment`.
+    """
+
+    identity: float
+    text: float
+
+    @property
+    def harmonic_mean(self) -> float:
+        """The harmonic mean of both scores, the paper's criterion (Appendix A); 0 if one of them is not positive."""
+        if min(self) <= 0:
+            return 0.0
+        return 2 / (1 / self.identity + 1 / self.text)
+
+
+def mean_scores(scores: Sequence[Scores]) -> Scores:
+    """Return the mean of each score. The harmonic mean to choose by is that of the means (paper, Appendix A)."""
+    return Scores(*(sum(values) / len(scores) for values in zip(*scores, strict=True)))
+
+
+class ConceptMetrics:
+    """Computes identity and text alignment of images of one subject.
+
+    Args:
+        clip: encoder for text alignment.
+        identity: encoder for identity; with a `ClipEncoder` it is CLIP-I.
+        references: the training images.
+    """
+
+    def __init__(self, clip: ClipEncoder, identity: ClipEncoder | IdentityEncoder, references: Sequence[Image.Image]):
+        self.clip = clip
+        self.identity = identity
+        self.references = references
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Scores]:
+        """Return the scores of each image.
+
+        Args:
+            images: of any sizes.
+            prompts: one per image, with super-classes for placeholder tokens (see `superclass_prompt`).
+
+        Raises:
+            ValueError: if there are not as many prompts as images.
+        """
+        text = text_alignment(self.clip, images, prompts)
+        identity = image_similarity(self.identity, images, self.references)
+        return [Scores(*pair) for pair in zip(identity.tolist(), text.tolist(), strict=True)]
 
 
 class Mean(NamedTuple):
@@ -90,20 +145,21 @@ class Mean(NamedTuple):
 
 
 def bootstrap_mean(scores: Sequence[float] | Tensor, level: float = 0.95, resamples: int = 10_000) -> Mean:
-    """The mean of scores with its bootstrap percentile interval (Efron 1979); the same scores give the same interval.
+    """Return the mean of scores with its bootstrap percentile interval (Efron 1979), which is deterministic.
 
     Args:
         scores: independent of each other.
-        level: how often the interval holds the true mean.
-        resamples: how many times the scores are drawn anew.
+        level: coverage of the interval.
+        resamples: number of resamples.
 
     Raises:
         ValueError: if there are no scores.
     """
+    # `scipy.stats.bootstrap` would make scipy a dependency for these four lines.
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"scores of shape {values.shape}; expected a sequence of at least one number")
-    draw = np.random.default_rng(0)
-    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    random = np.random.default_rng(0)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Mean(float(values.mean()), float(low), float(high))

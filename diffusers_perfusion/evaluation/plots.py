@@ -1,20 +1,34 @@
-"""Plots of scores. This module needs matplotlib, and is imported where it is used."""
+"""Plots of scores. This module needs matplotlib, and is imported only where a plot is made."""
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-if TYPE_CHECKING:
-    from .sweep import Sweep
+
+class Point(NamedTuple):
+    """A point of the plot.
+
+    Attributes:
+        label: written beside it.
+        text: text alignment.
+        identity: identity.
+    """
+
+    label: str
+    text: float
+    identity: float
 
 
-def plot_front(sweep: "Sweep") -> bytes:
-    """Identity against text alignment: a line a temperature, its points named by their bias, the best one ringed.
+def plot_pareto_front(lines: Mapping[str, Sequence[Point]], best: Point | None) -> bytes:
+    """Plot identity against text alignment.
 
     Args:
-        sweep: what to plot. Its intervals are left out: they are mostly of prompts, which all points have in common.
+        lines: points to connect, by the label of the line. Their intervals are left out: these are mostly of prompts,
+            which all points have in common.
+        best: the point to circle, with the label of the circle in the legend; None for no circle.
 
     Returns:
         A PNG, 960 × 720 pixels.
@@ -22,19 +36,15 @@ def plot_front(sweep: "Sweep") -> bytes:
     # Not pyplot, which would choose a backend for the whole process.
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for number, temperature in enumerate(sorted({row.temperature for row in sweep.rows})):
-        rows = [row for row in sweep.rows if row.temperature == temperature]
+    for number, (label, points) in enumerate(lines.items()):
         (line,) = axes.plot(
-            [row.text.mean for row in rows],
-            [row.identity.mean for row in rows],
-            marker="o",
-            label=f"τ = {temperature}",
+            [point.text for point in points], [point.identity for point in points], marker="o", label=label
         )
-        right = number % 2 == 0  # lines of neighbouring temperatures lie close together
-        for row in rows:
+        right = number % 2 == 0  # neighbouring lines lie close together
+        for point in points:
             axes.annotate(
-                f"β {row.bias}",
-                (row.text.mean, row.identity.mean),
+                point.label,
+                (point.text, point.identity),
                 xytext=(10, 4) if right else (-10, -4),
                 textcoords="offset points",
                 ha="left" if right else "right",
@@ -43,20 +53,20 @@ def plot_front(sweep: "Sweep") -> bytes:
                 fontsize=9,
                 path_effects=[withStroke(linewidth=3, foreground="white")],
             )
-    if best := sweep.best:
+    if best is not None:
         axes.plot(
-            [best.text.mean],
-            [best.identity.mean],
+            [best.text],
+            [best.identity],
             linestyle="none",
             marker="o",
             markersize=15,
             markerfacecolor="none",
             markeredgecolor="black",
-            label=f"best harmonic mean, {best.harmonic_mean:.3f}",
+            label=best.label,
         )
     axes.set_xlabel("text alignment (like the prompt)")
-    axes.set_ylabel("identity (like the pictures)")
-    axes.margins(0.12)  # room for the names of the points
+    axes.set_ylabel("identity (like the subject)")
+    axes.margins(0.12)  # room for the labels of the points
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

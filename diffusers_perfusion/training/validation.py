@@ -1,4 +1,4 @@
-"""Validation pictures, from the pipeline that is in memory."""
+"""Validation images, from the pipeline that is in memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,72 +6,71 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from diffusers.utils import make_image_grid
 from PIL import Image
 
-from .config import FitConfig
+from ..model_families import edited_model
+from ..registry import registry_of
+from .config import TrainingConfig
 
 INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 6.0  # the paper's
 
 
 @torch.no_grad()
-def draw(
-    pipeline: Any, name: str, prompts: Sequence[str], num_images: int, seed: int, accelerator: Accelerator
+def generate(
+    pipeline: Any, name: str, prompts: Sequence[str], num_images: int, seed: int, accelerator: Any
 ) -> list[list[Image.Image]]:
-    """Pictures of each prompt, drawn with a concept that is loaded, at its own bias and temperature.
+    """Generate images with a loaded concept, at its own bias and temperature.
 
     Args:
-        pipeline: with the concept loaded; its settings are put back.
+        pipeline: with the concept loaded; its settings are restored.
         name: of the concept.
-        prompts: what to draw.
-        num_images: pictures of each prompt.
-        seed: of each prompt's noise.
+        prompts: to generate.
+        num_images: number of images per prompt.
+        seed: of the noise of each prompt.
         accelerator: device and precision.
 
     Returns:
-        A row a prompt.
+        The images of each prompt.
     """
     rows = []
-    with pipeline.set_perfusion(name), accelerator.autocast():
+    concept = registry_of(edited_model(pipeline)).loaded[name].concept  # type: ignore[union-attr]
+    settings = pipeline.set_perfusion(name, bias=concept.bias, temperature=concept.temperature)
+    with settings, accelerator.autocast():
         for prompt in prompts:
-            pictures = pipeline(
+            images = pipeline(
                 prompt,
                 num_inference_steps=INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 num_images_per_prompt=num_images,
                 generator=torch.Generator(accelerator.device).manual_seed(seed),
             ).images
-            rows.append(pictures)
+            rows.append(images)
     return rows
 
 
-def validate(pipeline: Any, name: str, config: FitConfig, accelerator: Accelerator, step: int) -> Path:
-    """Draw the validation prompts with the concept as it stands: a row a prompt, on a PNG sheet and to the trackers.
+def validate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any, step: int) -> Path:
+    """Generate the validation prompts, and give the images to the trackers and to a PNG with one row per prompt.
 
     Args:
         pipeline: with the concept loaded.
         name: of the concept.
-        config: prompts, number of pictures, seed and output folder.
-        accelerator: its trackers that take pictures get them.
-        step: optimizer steps done.
+        config: prompts, number of images, seed and output folder.
+        accelerator: device, precision and trackers.
+        step: number of optimizer steps done.
 
     Returns:
-        The sheet's path, `<output_dir>/validation/step-<step>.png`.
+        The path of the PNG, `<output_dir>/validation/step-<step>.png`.
     """
-    rows = draw(pipeline, name, config.validation_prompt, config.num_validation_images, config.seed, accelerator)
+    rows = generate(pipeline, name, config.validation_prompt, config.num_validation_images, config.seed, accelerator)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            for prompt, pictures in zip(config.validation_prompt, rows, strict=True):
-                arrays = np.stack([np.asarray(picture) for picture in pictures])
+            for prompt, images in zip(config.validation_prompt, rows, strict=True):
+                arrays = np.stack([np.asarray(image) for image in images])
                 tracker.log_images({prompt: arrays}, step=step, **options)
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (width * config.num_validation_images, height * len(rows)))
-    for y, pictures in enumerate(rows):
-        for x, picture in enumerate(pictures):
-            sheet.paste(picture, (x * width, y * height))
     path = Path(config.output_dir) / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    make_image_grid([image for images in rows for image in images], len(rows), config.num_validation_images).save(path)
     return path

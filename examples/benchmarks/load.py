@@ -1,4 +1,4 @@
-"""How long it takes to load a concept, to switch to it and to set its bias, and what the words cost a tokenizer.
+"""Measure how long it takes to load a concept, to switch to it and to set its bias.
 
     python examples/benchmarks/load.py --output examples/benchmarks/results/load.json
 

@@ -1,4 +1,4 @@
-"""What this process has in memory on a device, in bytes: all of it on a CPU (Linux), and torch's tensors on a GPU."""
+"""Memory of this process on a device, in bytes: all of it on a CPU (Linux), torch's tensors on a GPU."""
 
 import ctypes
 from pathlib import Path
@@ -8,18 +8,18 @@ import torch
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def now(device):
-    """At this moment."""
+def in_use(device):
+    """Return the memory in use."""
     return torch.cuda.memory_allocated() if device != "cpu" else _status("VmRSS")
 
 
-def most(device):
-    """At most since the process began, or since `forget_most`."""
+def peak(device):
+    """Return the peak since the process began, or since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device != "cpu" else _status("VmHWM")
 
 
-def forget_most(device):
-    """Let `most` be what there is now, without what glibc keeps of what was freed."""
+def reset_peak(device):
+    """Set the peak to the memory in use, after glibc has returned what was freed."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     else:

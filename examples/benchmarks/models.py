@@ -1,4 +1,4 @@
-"""The models that are timed: the pocket model, and one with the shapes of Stable Diffusion 1.5 and random weights."""
+"""Models of the benchmarks: the pocket model, and one with the shapes of Stable Diffusion 1.5 and random weights."""
 
 import itertools
 import json
@@ -10,16 +10,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_perfusion import PerfusionConcept
-from diffusers_perfusion.attention import cross_attention_layers
-from diffusers_perfusion.families import text_encoders
-from diffusers_perfusion.text import superclass_input
+from diffusers_perfusion.model_families import cross_attention_layers, family_of
+from diffusers_perfusion.training.superclass import superclass_input
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
 VOCABULARY = 49_408
 
 
 def clip_tokenizer():
-    """A tokenizer with a vocabulary as large as CLIP's: bytes, pairs of them and so on, as byte-level BPE has them."""
+    """Return a byte-level BPE tokenizer with a vocabulary as large as CLIP's."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
@@ -37,7 +36,7 @@ def clip_tokenizer():
 
 
 def load(name, device="cpu", dtype=torch.float32):
-    """A pipeline of `pocket`, or of `sd15`."""
+    """Return a frozen pipeline of the model `pocket` or `sd15`."""
     if name == "pocket":
         pipeline = StableDiffusionPipeline.from_pretrained(POCKET, safety_checker=None)
     else:
@@ -77,14 +76,14 @@ def load(name, device="cpu", dtype=torch.float32):
 
 
 def random_concept(pipeline, number):
-    """A concept for a pipeline, of which nothing is learned."""
+    """Return a concept with random tensors that fits a pipeline."""
     generator = torch.Generator().manual_seed(number)
-    i_super = superclass_input(text_encoders(pipeline), "cat").float().cpu()
+    i_super = superclass_input(family_of(pipeline), "cat").float().cpu()
     i_star = i_super + 0.3 * i_super.std() * torch.randn(i_super.shape, generator=generator)
     return PerfusionConcept(
         placeholder_token=f"<thing-{number}>",
         superclass="cat",
-        word_embedding=0.02 * torch.randn(pipeline.text_encoder.config.hidden_size, generator=generator),
+        token_embeddings=[0.02 * torch.randn(pipeline.text_encoder.config.hidden_size, generator=generator)],
         target_input=i_star,
         inverse_target_input=i_star,
         superclass_input=i_super,

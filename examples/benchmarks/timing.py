@@ -1,4 +1,4 @@
-"""Times of several things, taken in turns in one process, and what they were taken on."""
+"""Timing of several functions in turns in one process, and a description of the machine."""
 
 import itertools
 import json
@@ -11,11 +11,11 @@ import diffusers
 import torch
 from tqdm import tqdm
 
-from diffusers_perfusion.concept import write_atomically
+from diffusers_perfusion.files import write_atomically
 
 
 def seconds(function, device="cpu"):
-    """How long a function takes, with all that it has left to an accelerator."""
+    """Return how long a function takes, including the work it has queued on an accelerator."""
     if torch.device(device).type == "cpu":
         start = perf_counter()
         function()
@@ -28,7 +28,7 @@ def seconds(function, device="cpu"):
 
 
 def moment(device="cpu"):
-    """Now, as `seconds_between` takes it: on an accelerator when it comes to it, without waiting for it."""
+    """Return a timestamp for `seconds_between`: on an accelerator an event in its queue, without waiting."""
     if torch.device(device).type == "cpu":
         return perf_counter()
     event = torch.Event(device, enable_timing=True)
@@ -37,7 +37,7 @@ def moment(device="cpu"):
 
 
 def seconds_between(moments):
-    """The seconds from each moment to the next."""
+    """Return the seconds from each timestamp to the next."""
     if moments and not isinstance(moments[0], float):
         torch.accelerator.synchronize()
         return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(moments)]
@@ -45,7 +45,7 @@ def seconds_between(moments):
 
 
 def alternate(functions, repeats, device="cpu"):
-    """The seconds of each function by its name: all once to warm up, then in turns, so that drift meets all alike."""
+    """Return the seconds of each function by name: after a warm-up, in turns, so that drift affects all alike."""
     for function in functions.values():
         function()
     taken = {name: [] for name in functions}
@@ -57,7 +57,7 @@ def alternate(functions, repeats, device="cpu"):
 
 
 def rows_of(taken, base):
-    """A row for each: the median, the median of its ratios to `base` turn by turn, and the ratio of the fastest."""
+    """Return a row for each function: median, median ratio to `base` turn by turn, and ratio of the fastest."""
     return [
         {
             "name": name,
@@ -71,7 +71,7 @@ def rows_of(taken, base):
 
 
 def machine(device="cpu"):
-    """What figures depend on: no name of the machine."""
+    """Return what figures depend on, without the name of the machine."""
     kind = torch.device(device).type
     model = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
     if kind == "cpu" and os.path.exists("/proc/cpuinfo"):
@@ -87,7 +87,7 @@ def machine(device="cpu"):
 
 
 def write(path, data):
-    """Write what was measured as JSON."""
+    """Write measurements as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{json.dumps(data, indent=1)}\n".encode())
 

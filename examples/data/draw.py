@@ -1,4 +1,4 @@
-"""Draw the example pictures of this folder: each concept in five places, with exact soft masks of the subject."""
+"""Draw the example images of this folder: each concept in five places, with exact soft masks of the subject."""
 
 import argparse
 import random
@@ -94,7 +94,7 @@ def snow(rng):
     return image
 
 
-def picture(rng, place, sprite):
+def compose(rng, place, sprite):
     """Return `sprite` somewhere near the middle of `place`, and the mask of what it covers."""
     image = place(rng).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     subject = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else sprite
@@ -120,7 +120,7 @@ def main(args=None):
         folder = output_dir / concept
         (folder / "masks").mkdir(parents=True, exist_ok=True)
         for number, place in enumerate((room, meadow, plain, city, snow), start=1):
-            image, mask = picture(rng, place, sprite)
+            image, mask = compose(rng, place, sprite)
             image.save(folder / f"{number}.png")
             mask.save(folder / "masks" / f"{number}.png")
 

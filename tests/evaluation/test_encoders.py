@@ -17,7 +17,7 @@ def clip(clip_folder):
 
 
 @pytest.fixture
-def pictures():
+def images():
     """More than two batches of noise, of different shapes and modes."""
     random = np.random.default_rng(0)
     sizes = [(16, 16), (24, 16), (20, 28)]
@@ -25,49 +25,49 @@ def pictures():
     return [made[0].convert("L"), made[1].convert("RGBA"), *made[2:]]
 
 
-def test_rows_are_unit_vectors_in_float32(clip, identity_folder, pictures):
+def test_rows_are_unit_vectors_in_float32(clip, identity_folder, images):
     identity = IdentityEncoder.from_pretrained(str(identity_folder))
     for rows, width in (
-        (clip.encode_pictures(pictures), 24),
+        (clip.encode_images(images), 24),
         (clip.encode_texts(["a cat", "a dog on the beach"]), 24),
-        (identity.encode_pictures(pictures), 32),
+        (identity.encode_images(images), 32),
     ):
         assert rows.shape[1] == width and rows.dtype == torch.float32
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
 
 
-def test_a_picture_is_encoded_alike_in_any_company(clip, identity_folder, pictures):
+def test_an_image_is_encoded_alike_in_any_batch(clip, identity_folder, images):
     identity = IdentityEncoder.from_pretrained(str(identity_folder))
     for encoder in (clip, identity):
-        together = encoder.encode_pictures(pictures)
-        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(1))
-        shuffled = encoder.encode_pictures([pictures[n] for n in order])
+        together = encoder.encode_images(images)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+        shuffled = encoder.encode_images([images[n] for n in order])
         torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=0)
-        torch.testing.assert_close(encoder.encode_pictures(pictures[99:100]), together[99:100], atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoder.encode_images(images[99:100]), together[99:100], atol=1e-5, rtol=0)
 
 
-def test_a_text_is_encoded_alike_in_any_company(clip):
+def test_a_text_is_encoded_alike_in_any_batch(clip):
     texts = ["a cat", "a photo of the teddy bear on the beach", "a dog"]
     together = clip.encode_texts(texts)
     for n, text in enumerate(texts):
         torch.testing.assert_close(clip.encode_texts([text]), together[n : n + 1], atol=1e-5, rtol=0)
 
 
-def test_embeddings_are_those_of_the_models_own_forward(clip, pictures):
+def test_embeddings_are_those_of_the_models_own_forward(clip, images):
     texts = ["a cat", "a dog on the beach"]
     tokens = clip.tokenizer(texts, padding=True, return_tensors="pt")
-    pixels = clip.image_processor(images=pictures[2:4], return_tensors="pt").pixel_values
+    pixels = clip.image_processor(images=images[2:4], return_tensors="pt").pixel_values
     output = clip.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
     torch.testing.assert_close(clip.encode_texts(texts), output.text_embeds)
-    torch.testing.assert_close(clip.encode_pictures(pictures[2:4]), output.image_embeds)
+    torch.testing.assert_close(clip.encode_images(images[2:4]), output.image_embeds)
 
 
-def test_identity_is_the_cls_embedding(identity_folder, pictures):
+def test_identity_is_the_cls_embedding(identity_folder, images):
     identity = IdentityEncoder.from_pretrained(str(identity_folder))
-    pixels = identity.image_processor(images=pictures[2:5], return_tensors="pt").pixel_values
+    pixels = identity.image_processor(images=images[2:5], return_tensors="pt").pixel_values
     cls = identity.model(pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(
-        identity.encode_pictures(pictures[2:5]), torch.nn.functional.normalize(cls, dim=-1), atol=1e-5, rtol=0
+        identity.encode_images(images[2:5]), torch.nn.functional.normalize(cls, dim=-1), atol=1e-5, rtol=0
     )
 
 
@@ -78,11 +78,11 @@ def test_a_text_that_is_too_long_is_cut(clip):
 
 def test_nothing_to_encode_is_an_error(clip):
     with pytest.raises(ValueError, match="at least one"):
-        clip.encode_pictures([])
+        clip.encode_images([])
     with pytest.raises(ValueError, match="at least one"):
         clip.encode_texts([])
 
 
-def test_no_graph_is_kept(clip, pictures):
-    assert not clip.encode_pictures(pictures[:2]).requires_grad
+def test_no_graph_is_kept(clip, images):
+    assert not clip.encode_images(images[:2]).requires_grad
     assert not clip.encode_texts(["a cat"]).requires_grad

@@ -7,21 +7,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusers_perfusion.evaluation import (
+    ConceptMetrics,
+    Scores,
     bootstrap_mean,
     drift,
-    picture_similarity,
+    image_similarity,
+    mean_scores,
     superclass_prompt,
     text_alignment,
 )
 
 
 class ColourEncoder:
-    """Encodes a picture as its mean colour, and a text as the colour it names."""
+    """Encodes an image as its mean colour, and a text as the colour it names."""
 
     COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
 
-    def encode_pictures(self, pictures):
-        means = [np.asarray(picture.convert("RGB"), float).mean((0, 1)) for picture in pictures]
+    def encode_images(self, images):
+        means = [np.asarray(image.convert("RGB"), float).mean((0, 1)) for image in images]
         return F.normalize(torch.tensor(np.array(means)).float(), dim=-1)
 
     def encode_texts(self, texts):
@@ -33,35 +36,35 @@ class ColourEncoder:
 RED, GREEN, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ("red", (0, 255, 0), "blue"))
 
 
-def test_the_concept_word_becomes_its_superclass():
+def test_a_placeholder_token_becomes_its_superclass():
     superclasses = {"<my-bear>": "teddy bear", "<my-bear>2": "panda", "sks": "mug"}
     assert superclass_prompt("a blue <my-bear> at night", superclasses) == "a blue teddy bear at night"
     assert superclass_prompt("a <my-bear>2 on a sks", superclasses) == "a panda on a mug"
-    with pytest.raises(ValueError, match="no concept word"):
+    with pytest.raises(ValueError, match="no placeholder token"):
         superclass_prompt("a teddy bear", superclasses)
 
 
-def test_text_alignment_is_a_picture_with_its_own_prompt():
+def test_text_alignment_is_a_image_with_its_own_prompt():
     scores = text_alignment(ColourEncoder(), [RED, GREEN, BLUE], ["red", "green", "a red thing"])
     torch.testing.assert_close(scores, torch.tensor([1.0, 1.0, 0.0]))
 
 
-def test_text_alignment_wants_a_prompt_for_each_picture():
-    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
+def test_text_alignment_wants_a_prompt_for_each_image():
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
         text_alignment(ColourEncoder(), [RED, GREEN], ["red"])
 
 
-def test_picture_similarity_is_the_mean_over_the_references():
-    scores = picture_similarity(ColourEncoder(), [RED, BLUE], [RED, RED, GREEN, BLUE])
+def test_image_similarity_is_the_mean_over_the_references():
+    scores = image_similarity(ColourEncoder(), [RED, BLUE], [RED, RED, GREEN, BLUE])
     torch.testing.assert_close(scores, torch.tensor([0.5, 0.25]))
 
 
-def test_picture_similarity_is_the_mean_of_all_cosines():
+def test_image_similarity_is_the_mean_of_all_cosines():
     random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(7)]
+    images = [Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(7)]
     encoder = ColourEncoder()
-    each = [picture_similarity(encoder, pictures[:4], [reference]) for reference in pictures[4:]]
-    torch.testing.assert_close(picture_similarity(encoder, pictures[:4], pictures[4:]), torch.stack(each).mean(0))
+    each = [image_similarity(encoder, images[:4], [reference]) for reference in images[4:]]
+    torch.testing.assert_close(image_similarity(encoder, images[:4], images[4:]), torch.stack(each).mean(0))
 
 
 def test_drift_is_the_largest_change_of_a_pixel():
@@ -76,12 +79,12 @@ def test_drift_is_the_largest_change_of_a_pixel():
         drift(base[:1], base)
 
 
-def test_a_picture_that_is_not_a_number_is_drift():
+def test_an_image_that_is_not_a_number_is_drift():
     base = torch.rand(1, 3, 2, 2)
     assert drift(base * torch.nan, base) != 0
 
 
-def test_a_concept_does_not_drift_where_its_word_is_not(pipeline, plain_pipeline, make_concept, generate):
+def test_prompts_without_a_placeholder_token_do_not_drift(pipeline, plain_pipeline, make_concept, generate):
     plain = ["a cat", "a photo of the dog"]
     base = generate(plain, pipe=plain_pipeline)
     pipeline.load_perfusion(make_concept())
@@ -115,3 +118,43 @@ def test_the_interval_narrows_with_more_scores():
 def test_a_mean_needs_scores(scores):
     with pytest.raises(ValueError, match="at least one number"):
         bootstrap_mean(scores)
+
+
+class FirstPixel:
+    """Encodes an image as its first pixel, and a text as the pixel that it spells."""
+
+    def encode_images(self, images):
+        return torch.tensor([image.getpixel((0, 0)) for image in images]) / 255
+
+    def encode_texts(self, texts):
+        return torch.tensor([[float(digit) for digit in text] for text in texts])
+
+
+def test_concept_metrics_are_identity_and_text_alignment():
+    encoder = FirstPixel()
+    references = [Image.new("RGB", (4, 4), pixel) for pixel in ((255, 0, 0), (255, 51, 0))]
+    images = [Image.new("RGB", (4, 4), pixel) for pixel in ((255, 0, 0), (51, 255, 0), (0, 0, 102))]
+    prompts = ["100", "010", "100"]
+    scores = ConceptMetrics(encoder, encoder, references).score(images, prompts)
+    torch.testing.assert_close(
+        torch.tensor([score.identity for score in scores]), image_similarity(encoder, images, references)
+    )
+    torch.testing.assert_close(
+        torch.tensor([score.text for score in scores]), text_alignment(encoder, images, prompts)
+    )
+    assert scores[0].identity != scores[0].text or scores[1].identity != scores[1].text
+
+
+def test_the_harmonic_mean_is_near_the_smaller_score():
+    assert Scores(0.5, 0.5).harmonic_mean == pytest.approx(0.5)
+    assert Scores(0.2, 0.8).harmonic_mean == pytest.approx(0.32)
+    assert Scores(0.8, 0.2).harmonic_mean == pytest.approx(0.32)
+
+
+@pytest.mark.parametrize("scores", [Scores(0.0, 0.9), Scores(-0.1, 0.9), Scores(0.9, -0.1), Scores(-0.9, -0.1)])
+def test_a_score_that_is_not_positive_has_no_harmonic_mean(scores):
+    assert scores.harmonic_mean == 0
+
+
+def test_mean_scores():
+    assert mean_scores([Scores(0.1, 0.6), Scores(0.3, 0.8)]) == pytest.approx((0.2, 0.7))

@@ -4,8 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffusers_perfusion.evaluation import Mean, Sweep, SweepRow
-from diffusers_perfusion.evaluation.plots import plot_front
+from diffusers_perfusion.evaluation.plots import Point, plot_pareto_front
 
 
 @pytest.fixture
@@ -21,21 +20,22 @@ def axes(monkeypatch):
     return seen
 
 
-def swept(*rows):
-    return Sweep({}, [SweepRow(b, t, Mean(i, i, i), Mean(x, x, x)) for b, t, i, x in rows], [])
-
-
-def test_a_line_for_each_temperature_with_the_best_ringed(axes):
-    png = plot_front(swept((0.5, 0.1, 0.4, 0.2), (0.7, 0.1, 0.3, 0.25), (0.5, 0.2, 0.5, 0.3), (0.7, 0.2, 0.1, 0.35)))
-    with Image.open(io.BytesIO(png)) as picture:
-        assert (picture.format, picture.size) == ("PNG", (960, 720))
-    first, second, ring = axes[0].lines
+def test_a_line_for_each_label_with_the_best_circled(axes):
+    lines = {
+        "τ = 0.1": [Point("β 0.5", 0.2, 0.4), Point("β 0.7", 0.25, 0.3)],
+        "τ = 0.2": [Point("β 0.5", 0.3, 0.5), Point("β 0.7", 0.35, 0.1)],
+    }
+    png = plot_pareto_front(lines, Point("best", 0.3, 0.5))
+    with Image.open(io.BytesIO(png)) as image:
+        assert (image.format, image.size) == ("PNG", (960, 720))
+    first, second, circle = axes[0].lines
     assert first.get_xydata().tolist() == [[0.2, 0.4], [0.25, 0.3]]
     assert second.get_xydata().tolist() == [[0.3, 0.5], [0.35, 0.1]]
-    assert ring.get_xydata().tolist() == [[0.3, 0.5]]
+    assert circle.get_xydata().tolist() == [[0.3, 0.5]]
+    assert [line.get_label() for line in axes[0].lines] == ["τ = 0.1", "τ = 0.2", "best"]
     assert [text.get_text() for text in axes[0].texts] == ["β 0.5", "β 0.7"] * 2
 
 
-def test_nothing_is_ringed_where_nothing_is_best(axes):
-    plot_front(swept((0.5, 0.1, -0.4, 0.2), (0.7, 0.1, -0.3, 0.25)))
+def test_without_a_best_there_is_no_circle(axes):
+    plot_pareto_front({"τ = 0.1": [Point("β 0.5", 0.2, -0.4), Point("β 0.7", 0.2, -0.3)]}, None)
     assert len(axes[0].lines) == 1

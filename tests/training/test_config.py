@@ -1,33 +1,38 @@
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
+from diffusers.optimization import SchedulerType
 
-from diffusers_perfusion.training import FitConfig
+from diffusers_perfusion.training import TrainingConfig
+from diffusers_perfusion.training.config import GROUPS, LR_SCHEDULERS
 
 REQUIRED = {
     "pretrained_model_name_or_path": "someone/model",
-    "instance_data_dir": "pictures",
+    "instance_data_dir": "images",
     "placeholder_token": "<my-cat>",
     "superclass": "cat",
 }
 
 
 def test_every_setting_is_described():
-    for field in dataclasses.fields(FitConfig):
+    for field in dataclasses.fields(TrainingConfig):
         assert len(field.metadata["help"]) > 10, field.name
         assert field.metadata["help"].endswith("."), field.name
+        assert field.metadata["group"] in GROUPS, field.name
 
 
 def test_what_must_be_given():
-    FitConfig(**REQUIRED)
+    TrainingConfig(**REQUIRED)
     for name in REQUIRED:
         with pytest.raises(TypeError, match=name):
-            FitConfig(**{key: value for key, value in REQUIRED.items() if key != name})
+            TrainingConfig(**{key: value for key, value in REQUIRED.items() if key != name})
 
 
 def test_defaults_are_what_was_measured_to_be_best():
-    config = FitConfig(**REQUIRED)
+    config = TrainingConfig(**REQUIRED)
     assert (config.value_learning_rate, config.embedding_learning_rate) == (0.03, 0.003)
     assert (config.train_bias, config.train_temperature, config.train_batch_size) == (0.75, 0.1, 16)
     assert config.random_flip
@@ -41,9 +46,6 @@ def test_defaults_are_what_was_measured_to_be_best():
         ("gradient_accumulation_steps", -1),
         ("num_validation_images", 0),
         ("validation_steps", 0),
-        ("num_selection_images", 0),
-        ("selection_steps", 0),
-        ("select_by", "beauty"),
         ("checkpointing_steps", 0),
         ("checkpoints_total_limit", 0),
         ("resolution", 0),
@@ -61,7 +63,6 @@ def test_defaults_are_what_was_measured_to_be_best():
         ("placeholder_token", "my cat"),
         ("superclass", " "),
         ("validation_prompt", ["a <my-cat>", "a cat"]),
-        ("selection_prompt", ["a cat"]),
     ],
 )
 def test_a_setting_out_of_range_is_named(name, value):
@@ -69,32 +70,34 @@ def test_a_setting_out_of_range_is_named(name, value):
         "train_bias": "bias",
         "train_temperature": "temperature",
         "validation_prompt": "validation prompt 'a cat'",
-        "selection_prompt": "selection prompt 'a cat'",
     }
     with pytest.raises(ValueError, match=told.get(name, name)):
-        FitConfig(**REQUIRED | {name: value})
+        TrainingConfig(**REQUIRED | {name: value})
 
 
 def test_learning_rate_sets_both():
-    config = FitConfig(**REQUIRED, learning_rate=0.01)
+    config = TrainingConfig(**REQUIRED, learning_rate=0.01)
     assert config.value_learning_rate == 0.01
     assert config.embedding_learning_rate == pytest.approx(0.001)
 
 
-def test_the_default_selection_prompts_hold_the_word():
-    prompts = FitConfig(**REQUIRED).selection_prompt
-    assert len(prompts) == 5
-    assert all("a <my-cat>" in prompt for prompt in prompts)
-    assert FitConfig(**REQUIRED, selection_prompt=["a <my-cat>"]).selection_prompt == ["a <my-cat>"]
+def test_learning_rate_schedules_are_those_of_diffusers():
+    assert {*LR_SCHEDULERS, "piecewise_constant"} == {kind.value for kind in SchedulerType}
+
+
+def test_settings_are_known_without_torch():
+    code = "import sys; from diffusers_perfusion.training import TrainingConfig; print({'torch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_base_model_is_an_id_or_the_last_part_of_a_folder(tmp_path, monkeypatch):
-    assert FitConfig(**REQUIRED).base_model == "someone/model"
+    assert TrainingConfig(**REQUIRED).base_model == "someone/model"
     (tmp_path / "pocket").mkdir()
     folder = REQUIRED | {"pretrained_model_name_or_path": str(tmp_path / "pocket")}
-    assert FitConfig(**folder).base_model == "pocket"
+    assert TrainingConfig(**folder).base_model == "pocket"
     monkeypatch.chdir(tmp_path / "pocket")
-    assert FitConfig(**REQUIRED | {"pretrained_model_name_or_path": "."}).base_model == "pocket"
+    assert TrainingConfig(**REQUIRED | {"pretrained_model_name_or_path": "."}).base_model == "pocket"
 
 
 def test_the_recipe_is_what_decides_the_result():
@@ -113,9 +116,10 @@ def test_the_recipe_is_what_decides_the_result():
         "hub_model_id",
         "hub_token",
         "hub_private",
+        "hub_license",
     }
-    recipe = FitConfig(**REQUIRED, seed=7).recipe()
-    names = {field.name for field in dataclasses.fields(FitConfig)}
+    recipe = TrainingConfig(**REQUIRED, seed=7).recipe()
+    names = {field.name for field in dataclasses.fields(TrainingConfig)}
     assert recipe.keys() == names - where_and_how_long
     assert json.loads(json.dumps(recipe)) == recipe
     assert (recipe["seed"], recipe["superclass"]) == (7, "cat")

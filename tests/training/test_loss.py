@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diffusers_perfusion.noise import FlowSchedule
 from diffusers_perfusion.training.loss import masked_loss, prediction_target, snr_weights
+from diffusers_perfusion.training.noise_schedule import FlowSchedule
 
 
 def scheduler(kind):
@@ -37,7 +37,7 @@ def test_another_prediction_type_is_an_error():
         prediction_target(odd, *noisy())
 
 
-def test_a_flow_leads_from_the_picture_to_the_noise():
+def test_a_flow_leads_from_the_image_to_the_noise():
     latents, noise, timesteps = noisy()
     flow = FlowSchedule(1000)
     seen, target = flow.add_noise(latents, noise, timesteps), prediction_target(flow, latents, noise, timesteps)
@@ -91,7 +91,7 @@ def test_a_small_subject_counts_as_much_as_a_large_one():
     torch.testing.assert_close(whole, torch.stack(each).mean())
 
 
-def test_pictures_are_weighted_and_the_loss_is_in_float32():
+def test_images_are_weighted_and_the_loss_is_in_float32():
     prediction, target, _ = noisy()
     mask = torch.ones(3, 1, 8, 8)
     each = (prediction - target).square().mean((1, 2, 3))

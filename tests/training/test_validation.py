@@ -5,14 +5,14 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from diffusers_perfusion.training import FitConfig, validation
+from diffusers_perfusion.training import TrainingConfig, validation
 from diffusers_perfusion.training.validation import validate
 
 PROMPTS = ["a photo of a <my-cat>", "a <my-cat> on the beach"]
 
 
 class Numbers(GeneralTracker):
-    """A tracker that keeps the numbers it is given, and takes no pictures."""
+    """A tracker that keeps the numbers it is given, and takes no images."""
 
     name = "numbers"
     requires_logging_directory = False
@@ -33,22 +33,22 @@ class Numbers(GeneralTracker):
 
 
 class Album(Numbers):
-    """One that keeps pictures too."""
+    """One that keeps images too."""
 
     name = "album"
 
     def __init__(self):
         super().__init__()
-        self.pictures = []
+        self.images = []
 
     def log_images(self, values, step=None, **options):
-        self.pictures.append((step, values, options))
+        self.images.append((step, values, options))
 
 
 @pytest.fixture
-def config(fit_settings, monkeypatch):
+def config(training_settings, monkeypatch):
     monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
-    return FitConfig(**fit_settings, validation_prompt=PROMPTS, num_validation_images=3, seed=4)
+    return TrainingConfig(**training_settings, validation_prompt=PROMPTS, num_validation_images=3, seed=4)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_sheet_with_a_row_for_each_prompt(run, pipeline, config):
     assert np.array_equal(np.asarray(Image.open(run())), sheet)
 
 
-def test_it_is_drawn_with_the_concept_s_settings_and_puts_back_those_from_before(run, pipeline, make_concept):
+def test_it_generates_with_the_concept_s_settings_and_restores_those_from_before(run, pipeline, make_concept):
     expected = np.asarray(Image.open(run()))
     pipeline.set_perfusion("concept", bias=0.9, temperature=0.3)
     pipeline.load_perfusion(make_concept("<other>", seed=1), concept_name="other")
@@ -94,21 +94,21 @@ def test_it_is_drawn_with_the_concept_s_settings_and_puts_back_those_from_before
     assert float(pipeline.unet._perfusion.loaded["concept"].bias) == pytest.approx(0.9)
 
 
-def test_trackers_get_the_pictures_if_they_take_any(run):
+def test_trackers_get_the_images_if_they_take_any(run):
     album = Album()
     with Image.open(run(album, Numbers())) as file:
         sheet = np.asarray(file)
-    assert [(step, list(values), options) for step, values, options in album.pictures] == [
+    assert [(step, list(values), options) for step, values, options in album.images] == [
         (50, [prompt], {}) for prompt in PROMPTS
     ]
-    for row, (_, values, _) in enumerate(album.pictures):
-        (pictures,) = values.values()
-        assert pictures.shape == (3, 16, 16, 3)
-        assert np.array_equal(np.concatenate([*pictures], 1), sheet[16 * row : 16 * row + 16])
+    for row, (_, values, _) in enumerate(album.images):
+        (images,) = values.values()
+        assert images.shape == (3, 16, 16, 3)
+        assert np.array_equal(np.concatenate([*images], 1), sheet[16 * row : 16 * row + 16])
 
 
 def test_tensorboard_is_told_the_order_of_the_axes(run):
     album = Album()
     album.name = "tensorboard"
     run(album)
-    assert [options for _, _, options in album.pictures] == [{"dataformats": "NHWC"}] * 2
+    assert [options for _, _, options in album.images] == [{"dataformats": "NHWC"}] * 2

@@ -1,4 +1,4 @@
-"""Ways to change one thing of Perfusion, for the length of a `with`."""
+"""Context managers that change one part of Perfusion each."""
 
 import shutil
 from contextlib import contextmanager
@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_perfusion import attention, editing
-from diffusers_perfusion.covariance import read_captions
-from diffusers_perfusion.training.learner import Learner
+from diffusers_perfusion import attention_processor, rank_one_edit
+from diffusers_perfusion.model_families import family_of
+from diffusers_perfusion.training.covariance import read_captions
+from diffusers_perfusion.training.trainer import PerfusionTrainer
 
 
-def first_pictures(source, folder, count):
-    """A folder with the first of the pictures and masks in `source`."""
-    target = folder / "pictures"
+def first_images(source, folder, count):
+    """Return a folder with the first images and masks of `source`."""
+    target = folder / "images"
     (target / "masks").mkdir(parents=True, exist_ok=True)
     for number in range(1, count + 1):
         shutil.copy(source / f"{number}.png", target)
@@ -26,84 +27,84 @@ def first_pictures(source, folder, count):
 
 
 def tight_masks():
-    """The loss ends where the subject ends."""
-    return patch("diffusers_perfusion.training.data.GROWTH", 0.0)
+    """Let the loss end where the subject ends."""
+    return patch("diffusers_perfusion.training.training_data.GROWTH", 0.0)
 
 
 def ema(decay):
-    """Another decay of the moving average of `i*`; 1 keeps the super-category's encoding."""
-    return partial(patch, "diffusers_perfusion.training.learner.EMA_DECAY", decay)
+    """Return a context with another decay of the moving average of `i*`; 1 keeps the super-class input."""
+    return partial(patch, "diffusers_perfusion.training.trainer.EMA_DECAY", decay)
 
 
 def noisier_timesteps():
-    """Each timestep is the larger of two."""
-    draw = Learner._draw
+    """Take the larger of two random timesteps."""
+    sample = PerfusionTrainer._sample
 
     def noisier(self, index):
-        pictures, prompts, timesteps, noise = draw(self, index)
+        images, prompts, timesteps, noise = sample(self, index)
         generator = torch.Generator().manual_seed(index)
-        others = torch.randint(self.scheduler.config.num_train_timesteps, timesteps.shape, generator=generator)
-        return pictures, prompts, timesteps.maximum(others), noise
+        others = torch.randint(self.schedule.config.num_train_timesteps, timesteps.shape, generator=generator)
+        return images, prompts, timesteps.maximum(others), noise
 
-    return patch.object(Learner, "_draw", noisier)
+    return patch.object(PerfusionTrainer, "_sample", noisier)
 
 
 def padding_in_covariance():
-    """Padding enters `C` too."""
+    """Let padding enter `C` too."""
 
-    def covariance(texts, config):
-        (ids,) = texts.tokenize(read_captions(Path(config.pretrained_model_name_or_path) / "captions.txt"))
+    def covariance(family, config):
+        (ids,) = family.tokenize(read_captions(Path(config.pretrained_model_name_or_path) / "captions.txt"))
         with torch.no_grad():
-            e = torch.cat([texts.encode([part]).states for part in ids.split(250)]).flatten(0, 1).double()
+            e = torch.cat([family.encode([part]).inputs for part in ids.split(250)]).flatten(0, 1).double()
         return e.T @ e / len(e)
 
-    return patch("diffusers_perfusion.training.fit._covariance", covariance)
+    return patch("diffusers_perfusion.training.training_loop._covariance", covariance)
 
 
-def word_only():
-    """The edit is made at the one position that is most like the concept, and so not at the words after it."""
+def token_only():
+    """Edit only the position most similar to the concept, and so none of the tokens after it."""
 
     def gates(e, *args):
-        coef, gate = editing.gates(e, *args)
+        coef, gate = rank_one_edit.gates(e, *args)
         peak = F.one_hot(gate.argmax(-2), gate.shape[-2]).transpose(-1, -2).to(gate)
         return coef * peak, gate * peak
 
-    return patch("diffusers_perfusion.state.gates", gates)
+    return patch("diffusers_perfusion.registry.gates", gates)
 
 
 def equation_4():
-    """What the gates leave closed is lost, as in the paper, and does not go to the super-category."""
+    """Drop what the gates keep closed, as in the paper, instead of giving it to the super-class."""
 
     def edit(h, coef, gate, w_i, o, w_super):
-        return editing.edit(h, coef, gate, w_i, o, torch.zeros_like(w_super))
+        return rank_one_edit.edit(h, coef, gate, w_i, o, torch.zeros_like(w_super))
 
-    return patch("diffusers_perfusion.attention.edit", edit)
+    return patch("diffusers_perfusion.attention_processor.edit", edit)
 
 
 @contextmanager
 def trained_keys():
-    """The `o*_K` learn as the `o*_V` do, and what was learned last is drawn with."""
+    """Train the `o*_K` as the `o*_V`, and generate with those trained last."""
     keys = {}
 
-    class KeyLearner(Learner):
+    class KeyTrainer(PerfusionTrainer):
         def __init__(self, pipeline, config, *args):
             super().__init__(pipeline, config, *args)
             inputs = self.concept.superclass_input.to(pipeline.unet.dtype)
             with torch.no_grad():
-                for layer, module in attention.cross_attention_layers(pipeline.unet).items():
+                for layer, module in family_of(pipeline).layers.items():
                     keys[layer] = nn.Parameter(module.to_k(inputs).float())
             self.parameters |= {f"target_keys.{layer}": key for layer, key in keys.items()}
             self.optimizer.optimizer.add_param_group({"params": list(keys.values())})
-            self._rates.append(config.value_learning_rate)
+            self._learning_rates.append(config.value_learning_rate)
 
-    def to_k(self, encodings, *args):
+    def to_k(self, hidden_states, *args):
         self.unused.discard("to_k")
-        w_i, w_super = self._project(self._attn.to_k, encodings.dtype)
-        o = keys[self._layer][None].to(encodings.dtype)
-        return editing.edit(self._attn.to_k(encodings, *args), self._edit.coef, self._edit.gate, w_i, o, w_super)
+        w_i, w_super = self._projected(self._attn.to_k, hidden_states.dtype)
+        o = keys[self._layer][None].to(hidden_states.dtype)
+        return self._edited(self._attn.to_k(hidden_states, *args), w_i, o, w_super)
 
     with (
-        patch.object(attention._EditedAttention, "to_k", to_k),
-        patch("diffusers_perfusion.training.fit.Learner", KeyLearner),
+        patch.object(attention_processor._EditedAttention, "to_k", to_k),
+        patch("diffusers_perfusion.training.training_loop.PerfusionTrainer", KeyTrainer),
     ):
         yield

@@ -1,14 +1,14 @@
-"""Textual Inversion, LoRA and Custom Diffusion, fitted to the base and the pictures that Perfusion is fitted to.
+"""Textual Inversion, LoRA and Custom Diffusion, trained on the base model and the images that Perfusion is trained on.
 
 Each is set up, saved and loaded by diffusers' and peft's own code, with what diffusers' example scripts train and how:
 `textual_inversion.py`, `train_dreambooth_lora.py` and `train_custom_diffusion.py`. The templates, the schedule and,
-for a seed, every picture, its template, timestep and noise are those of a Perfusion fit. As in the scripts the loss
-sees all of a picture, unless the subject is read with its masks. No method gets pictures of the super-category besides
+for a seed, every image, its template, timestep and noise are those of a Perfusion training. As in the scripts the loss
+sees all of an image, unless the subject is read with its masks. No method gets images of the super-class besides
 (prior preservation), since Perfusion gets none.
 
-    saved = METHODS["lora"].fit(
+    saved = METHODS["lora"].train(
         pipeline, read_subject(pipeline, folder), "<my-robot>", "robot",
-        learning_rate=1e-3, steps=150, save_at=[50, 150], output_dir="fits/lora", rank=4,
+        learning_rate=1e-3, steps=150, save_at=[50, 150], output_dir="trainings/lora", rank=4,
     )
     METHODS["lora"].load(fresh_pipeline, saved[150])
     fresh_pipeline(prompt.format(METHODS["lora"].phrase("<my-robot>", "robot")))
@@ -32,15 +32,15 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_perfusion.attention import cross_attention_layers
-from diffusers_perfusion.families import text_encoders
-from diffusers_perfusion.masks import subject_masks
-from diffusers_perfusion.pictures import read_pictures, to_tensor
-from diffusers_perfusion.text import TEMPLATES, embedding_table, initial_word_embeddings, tokenize
-from diffusers_perfusion.training.data import make_subject
+from diffusers_perfusion.model_families import cross_attention_layers, family_of
+from diffusers_perfusion.model_families.base import embedding_table
+from diffusers_perfusion.training.images import read_images, to_tensor
 from diffusers_perfusion.training.loss import masked_loss, prediction_target, snr_weights
+from diffusers_perfusion.training.masks import subject_masks
+from diffusers_perfusion.training.superclass import TEMPLATES, superclass_embeddings
+from diffusers_perfusion.training.training_data import make_training_data
 
-WORD_FILE = "learned_embeds.safetensors"
+EMBEDDING_FILE = "learned_embeds.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KV_FILE = "pytorch_custom_diffusion_weights.bin"
 
@@ -51,16 +51,19 @@ WARMUP = 5
 SNR_GAMMA = 0.0
 
 
+@torch.no_grad()
 def read_subject(pipeline, folder, flip=True, masked=False):
-    """The pictures in a folder as a Perfusion fit reads them; with the masks below it, or as the scripts without."""
+    """Return the subject of a folder of images, with its masks or, as in the scripts, without."""
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    pictures = read_pictures(folder, side)
-    masks, _ = subject_masks(str(Path(folder) / "masks") if masked else "none", pictures, folder, "", pipeline)
-    return make_subject(pipeline.vae, to_tensor([picture.image for picture in pictures]), masks, flip)
+    images = read_images(folder, side)
+    masks, _ = subject_masks(str(Path(folder) / "masks") if masked else "none", images, folder, "", pipeline)
+    return make_training_data(
+        family_of(pipeline), pipeline.vae, to_tensor([image.image for image in images]), masks, flip
+    )
 
 
 def freeze(pipeline):
-    """Nothing learns but what a method adds."""
+    """Freeze the models, so that only what a method adds is trained."""
     for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         model.requires_grad_(False).eval()
 
@@ -83,57 +86,58 @@ def train(
     lr_scheduler="constant_with_warmup",
     each_prompt=False,
 ):
-    """The steps of any method; returns `{step: folder}`.
+    """Run the training steps of any method; returns `{step: folder}`.
 
     Args:
         pipeline: of the base model, with `parameters` in it.
-        subject: what it learns from, as `read_subject`.
-        phrase: what calls the subject, for the gap in the templates.
-        parameters: what learns.
-        save: called with a folder, writes what has been learned into it.
+        subject: what it is trained on, as `read_subject`.
+        phrase: what names the subject in the templates.
+        parameters: what is trained.
+        save: called with a folder, writes what was trained into it.
         learning_rate: of all parameters.
         steps: how many.
         output_dir: for folders `step-<n>`.
         save_at: after which steps to save; after the last if empty.
-        seed: of pictures, templates, timesteps and noise.
-        batch_size: pictures in a step.
+        seed: of images, templates, timesteps and noise.
+        batch_size: images in a step.
         bf16: run the UNet in it; the text encoder, the parameters and the loss stay in float32.
         max_norm: of the gradients.
-        lr_scheduler: schedule of the learning rate, as a Perfusion fit's.
-        each_prompt: encode the prompt of each picture, as the scripts do, and not each template once.
+        lr_scheduler: schedule of the learning rate, as a Perfusion training's.
+        each_prompt: encode the prompt of each image, as the scripts do, and not each template once.
     """
     device = pipeline.unet.device
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    prompt_ids = tokenize(pipeline.tokenizer, [template.format(phrase) for template in TEMPLATES]).input_ids.to(device)
+    (prompt_ids,) = family_of(pipeline).tokenize([template.format(phrase) for template in TEMPLATES])
+    prompt_ids = prompt_ids.to(device)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
     schedule = get_scheduler(
         lr_scheduler, optimizer, num_warmup_steps=WARMUP, num_training_steps=steps + 1
     ).lr_lambdas[0]
     saved = {}
     for index in range(steps):
-        # In the order in which a Perfusion fit draws, so that both see the same pictures and templates for a seed.
+        # In the order of a Perfusion training's samples, so that both see the same images and templates for a seed.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        drawn = (
+        sampled = (
             torch.randint(len(subject.latents), (batch_size,), generator=generator),
             torch.randint(len(TEMPLATES), (batch_size,), generator=generator),
             torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator),
             torch.randn((batch_size, *subject.latents.shape[1:]), generator=generator),
         )
-        pictures, prompts, timesteps, noise = (values.to(device) for values in drawn)
+        images, prompts, timesteps, noise = (values.to(device) for values in sampled)
 
         if each_prompt:
-            encodings = pipeline.text_encoder(prompt_ids[prompts])[0]
+            hidden_states = pipeline.text_encoder(prompt_ids[prompts])[0]
         else:
             chosen = F.one_hot(prompts, len(TEMPLATES)).float()
-            encodings = torch.tensordot(chosen, pipeline.text_encoder(prompt_ids)[0], dims=1)
-        latents = subject.latents[pictures]
+            hidden_states = torch.tensordot(chosen, pipeline.text_encoder(prompt_ids)[0], dims=1)
+        latents = subject.latents[images]
         noisy = scheduler.add_noise(latents, noise, timesteps)
         # On a CPU the backward of the other kernel takes a third of a step in bfloat16.
         kernel = sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), kernel:
-            prediction = pipeline.unet(noisy, timesteps, encoder_hidden_states=encodings).sample
+            prediction = pipeline.unet(noisy, timesteps, encoder_hidden_states=hidden_states).sample
         target = prediction_target(scheduler, latents, noise, timesteps)
-        loss = masked_loss(prediction, target, subject.masks[pictures], snr_weights(scheduler, timesteps, SNR_GAMMA))
+        loss = masked_loss(prediction, target, subject.masks[images], snr_weights(scheduler, timesteps, SNR_GAMMA))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
         if not norm.isfinite() or norm == 0:
@@ -148,19 +152,19 @@ def train(
     return saved
 
 
-class NewWord:
-    """A word that the pipeline learns, from the embedding of the super-category's last token.
+class NewToken:
+    """A placeholder token whose embedding is trained, from the embedding of the super-class's last token.
 
     The scripts train the whole table and put its other rows back after each step; this trains the one row.
     """
 
-    def __init__(self, pipeline, word, superclass):
-        self.word, self.text_encoder = word, pipeline.text_encoder
-        (start,) = initial_word_embeddings(text_encoders(pipeline), superclass)
-        if len(pipeline.tokenizer.tokenize(word)) == 1:
-            raise ValueError(f"the tokenizer knows {word!r} already")
-        pipeline.tokenizer.add_tokens(word)
-        self.token_id = pipeline.tokenizer.convert_tokens_to_ids(word)
+    def __init__(self, pipeline, placeholder_token, superclass):
+        self.placeholder_token, self.text_encoder = placeholder_token, pipeline.text_encoder
+        (start,) = superclass_embeddings(family_of(pipeline), superclass)
+        if len(pipeline.tokenizer.tokenize(placeholder_token)) == 1:
+            raise ValueError(f"the tokenizer knows {placeholder_token!r} already")
+        pipeline.tokenizer.add_tokens(placeholder_token)
+        self.token_id = pipeline.tokenizer.convert_tokens_to_ids(placeholder_token)
         pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
         pipeline.text_encoder.requires_grad_(False)  # the table is another now
         self.embedding = nn.Parameter(start)
@@ -170,31 +174,35 @@ class NewWord:
         return torch.where((args[0] == self.token_id).unsqueeze(-1), self.embedding, output)
 
     def save(self, folder):
-        save_file({self.word: self.embedding.detach().half()[None]}, folder / WORD_FILE, metadata={"format": "pt"})
+        save_file(
+            {self.placeholder_token: self.embedding.detach().half()[None]},
+            folder / EMBEDDING_FILE,
+            metadata={"format": "pt"},
+        )
 
     @torch.no_grad()
     def settle(self):
-        """Leave the embedding in the table."""
+        """Write the embedding into the table and remove the hook."""
         self._hook.remove()
         embedding_table(self.text_encoder)[self.token_id] = self.embedding
 
 
-def textual_inversion(pipeline, subject, word, superclass, *, phrase=None, **how):
-    """Learn one word; `how` is of `train`, which says what is returned too."""
+def textual_inversion(pipeline, subject, placeholder_token, superclass, *, phrase=None, **how):
+    """Train one token embedding; `how` is of `train`, which says what is returned too."""
     freeze(pipeline)
-    new = NewWord(pipeline, word, superclass)
-    saved = train(pipeline, subject, phrase or word, [new.embedding], new.save, **how)
+    new = NewToken(pipeline, placeholder_token, superclass)
+    saved = train(pipeline, subject, phrase or placeholder_token, [new.embedding], new.save, **how)
     new.settle()
     return saved
 
 
 def load_textual_inversion(pipeline, *folders):
-    """Load one word, or several side by side."""
+    """Load one token embedding, or several side by side."""
     pipeline.load_textual_inversion([str(folder) for folder in folders])
 
 
-def lora(pipeline, subject, word, superclass, *, rank, changes=PROJECTIONS, phrase=None, seed=0, **how):
-    """Learn low-rank changes of projections of the UNet, by default all of all attention layers.
+def lora(pipeline, subject, placeholder_token, superclass, *, rank, changes=PROJECTIONS, phrase=None, seed=0, **how):
+    """Train low-rank changes of projections of the UNet, by default all of all attention layers.
 
     `changes` says which, as peft's `target_modules`; `how` is of `train`.
     """
@@ -228,10 +236,10 @@ def load_lora(pipeline, *folders):
     pipeline.set_adapters(names, [1.0] * len(names))
 
 
-def custom_diffusion(pipeline, subject, word, superclass, *, phrase=None, **how):
-    """Learn keys and values of cross-attention and one word before the super-category; `how` is of `train`."""
+def custom_diffusion(pipeline, subject, placeholder_token, superclass, *, phrase=None, **how):
+    """Train keys and values of cross-attention and the token before the super-class; `how` is of `train`."""
     freeze(pipeline)
-    new = NewWord(pipeline, word, superclass)
+    new = NewToken(pipeline, placeholder_token, superclass)
     unet = pipeline.unet
     cross = cross_attention_layers(unet)
     processors = {}
@@ -255,7 +263,7 @@ def custom_diffusion(pipeline, subject, word, superclass, *, phrase=None, **how)
 
     learning = (processor.parameters() for processor in unet.attn_processors.values())
     parameters = [new.embedding, *itertools.chain.from_iterable(learning)]
-    phrase = phrase or f"{word} {superclass}"
+    phrase = phrase or f"{placeholder_token} {superclass}"
     saved = train(pipeline, subject, phrase, parameters, save, max_norm=MAX_NORM, **how)
     new.settle()
     return saved
@@ -273,33 +281,33 @@ def load_custom_diffusion(pipeline, folder):
 
 
 def bytes_of(folder):
-    """What a saved method takes."""
+    """Return the bytes of a saved method."""
     return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
 @dataclass(frozen=True)
 class Method:
-    """A rival of Perfusion.
+    """A method that Perfusion is compared with.
 
     Attributes:
-        fit: a function of the pipeline, subject, word, super-category and settings, to `{step: folder}`.
+        train: a function of the pipeline, subject, placeholder token, super-class and settings, to `{step: folder}`.
         load: a function of a fresh pipeline and a folder; or of several folders, if it takes several concepts.
         several: whether it takes several.
-        calls: what calls the subject in a prompt, of `word` and `superclass`.
+        calls: what names the subject in a prompt, of `placeholder_token` and `superclass`.
     """
 
-    fit: Callable
+    train: Callable
     load: Callable
     several: bool
     calls: str
 
-    def phrase(self, word, superclass):
-        """What to put in the gap of a prompt."""
-        return self.calls.format(word=word, superclass=superclass)
+    def phrase(self, placeholder_token, superclass):
+        """Return what to put in the gap of a prompt."""
+        return self.calls.format(placeholder_token=placeholder_token, superclass=superclass)
 
 
 METHODS = {
-    "textual_inversion": Method(textual_inversion, load_textual_inversion, True, "{word}"),
+    "textual_inversion": Method(textual_inversion, load_textual_inversion, True, "{placeholder_token}"),
     "lora": Method(lora, load_lora, True, "{superclass}"),
-    "custom_diffusion": Method(custom_diffusion, load_custom_diffusion, False, "{word} {superclass}"),
+    "custom_diffusion": Method(custom_diffusion, load_custom_diffusion, False, "{placeholder_token} {superclass}"),
 }

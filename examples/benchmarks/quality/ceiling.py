@@ -1,11 +1,11 @@
-"""How near the base model itself comes to things that it has seen in training, and true pictures to each other.
+"""Measure how near the base model comes to subjects that it was trained on, and true images to each other.
 
     python examples/benchmarks/quality/ceiling.py --output_dir outputs/quality --report_dir results
 
-The pictures that `compare.py --panel main` has drawn with the base and the noun alone are scored against five pictures
-of each rendition of the noun that the base was trained on, and the best score of each picture counts. True pictures of
-a thing alone in the prompts' places are scored against the five that it is learned from. Only for the pocket model,
-whose training pictures are known.
+The images that `compare.py --panel main` has generated with the base model and the noun alone are scored against five
+images of each rendition of the noun that the base model was trained on, and the best score of each image counts. True
+images of a subject alone in the prompts' places are scored against its five training images. Only for the pocket
+model, whose training images are known.
 """
 
 import argparse
@@ -14,24 +14,24 @@ import random
 from pathlib import Path
 
 import torch
-from fronts import read_pictures
 from icons import BASE_RENDITIONS, CONCEPT_RENDITION, NOUNS, load_sprites
-from subjects import POCKET, PROMPTS, TEST, draw_subject
+from pareto_fronts import read_images
+from subjects import POCKET, PROMPTS, TEST, compose_subject
 from world import BACKDROPS, Scene, Thing
 
-from diffusers_perfusion.evaluation import IdentityEncoder, bootstrap_mean, picture_similarity
+from diffusers_perfusion.evaluation import IdentityEncoder, bootstrap_mean, image_similarity
 
 PLACES = ("in a room", "in a meadow", "in the city", "in the snow", "at sunset")
-KINDS = ("base model and the nearest it was trained on", "true pictures")
+KINDS = ("base model and the nearest it was trained on", "true images")
 
 
-def nearest(encoder, pictures, sets):
-    """Similarity of each picture to the nearest of some sets of pictures."""
-    return torch.stack([picture_similarity(encoder, pictures, references) for references in sets]).amax(0)
+def nearest(encoder, images, sets):
+    """Return the similarity of each image to the nearest of some sets of images."""
+    return torch.stack([image_similarity(encoder, images, references) for references in sets]).amax(0)
 
 
 def main(args=None):
-    """Score, print and write."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--identity", default=str(POCKET / "evaluators" / "identity"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
@@ -45,7 +45,7 @@ def main(args=None):
     for icon in TEST:
         folder = arguments.output_dir / "runs" / "base" / icon
         seeds = json.loads((folder / "run.json").read_text())["seeds"]
-        drawn = [picture for prompt in read_pictures(folder / "pictures.png", seeds)[0] for picture in prompt]
+        generated = [image for prompt in read_images(folder / "images.png", seeds)[0] for image in prompt]
         known = [
             [Scene(Thing(icon, rendition), place).draw(sprites, rng) for place in PLACES]
             for rendition in BASE_RENDITIONS
@@ -58,9 +58,9 @@ def main(args=None):
             for prompt in PROMPTS
             for _ in range(seeds)
         ]
-        learned_from = draw_subject(icon, arguments.output_dir / "subjects").pictures()
+        training_images = compose_subject(icon, arguments.output_dir / "subjects").images()
         for kind, values in zip(
-            KINDS, (nearest(encoder, drawn, known), nearest(encoder, true, [learned_from])), strict=True
+            KINDS, (nearest(encoder, generated, known), nearest(encoder, true, [training_images])), strict=True
         ):
             scores[kind].append(values.unflatten(0, (len(PROMPTS), seeds)).mean(1))
             print(NOUNS[icon], kind, f"{float(values.mean()):.3f}", flush=True)

@@ -1,4 +1,4 @@
-"""Bytes of a concept file and of LoRAs in float16, for models with the shapes of the pocket model and of SD 1.5.
+"""Measure the bytes of a concept file and of LoRAs in float16, with the shapes of the pocket model and of SD 1.5.
 
 python examples/benchmarks/quality/file_sizes.py --report_dir examples/benchmarks/quality/results
 """
@@ -16,8 +16,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from subjects import POCKET
 
-from diffusers_perfusion.attention import cross_attention_layers
-from diffusers_perfusion.concept import HEADER_KEY, PerfusionConcept
+from diffusers_perfusion.concept import PerfusionConcept
+from diffusers_perfusion.concept_file import HEADER_KEY
+from diffusers_perfusion.model_families import cross_attention_layers
 
 RANKS = (4, 16)
 # Of runwayml/stable-diffusion-v1-5; everything else is the default of the class.
@@ -25,19 +26,18 @@ SD_1_5 = {"sample_size": 64, "cross_attention_dim": 768}
 
 
 def concept_bytes(unet, width):
-    """Of a concept with random numbers."""
-    vectors = {
-        name: torch.rand(width)
-        for name in ("word_embedding", "target_input", "inverse_target_input", "superclass_input")
-    }
+    """Return the bytes of a concept with random numbers."""
+    vectors = {name: torch.rand(width) for name in ("target_input", "inverse_target_input", "superclass_input")}
     outputs = {name: torch.rand(layer.inner_kv_dim) for name, layer in cross_attention_layers(unet).items()}
-    concept = PerfusionConcept("<my-bear>", "teddy bear", **vectors, target_outputs=outputs, base_model="base")
+    concept = PerfusionConcept(
+        "<my-bear>", "teddy bear", [torch.rand(width)], **vectors, target_outputs=outputs, base_model="base"
+    )
     tensors = concept.state_dict()
     return len(save(tensors, {HEADER_KEY: tensors.pop(HEADER_KEY)}))
 
 
 def lora_bytes(unet, rank):
-    """Of a LoRA on all projections of all attention layers, as `baselines.lora` saves it."""
+    """Return the bytes of a LoRA on all projections of all attention layers, as `baselines.lora` saves it."""
     unet.add_adapter(LoraConfig(r=rank, target_modules=PROJECTIONS), "sized")
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name="sized"))
     unet.delete_adapters("sized")
@@ -45,7 +45,7 @@ def lora_bytes(unet, rank):
 
 
 def main(args=None):
-    """Count, print and write."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report_dir", type=Path, required=True)
     arguments = parser.parse_args(args)

@@ -1,4 +1,4 @@
-"""Tables and plots of what `compare.py` has drawn.
+"""Write tables and plots of what `compare.py` has generated.
 
 python examples/benchmarks/quality/report.py --panel main --output_dir outputs/quality --report_dir results
 """
@@ -8,19 +8,19 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fronts import RESAMPLES, advantage, interval, read_pictures, score_all, steps_to
 from matplotlib.figure import Figure
+from pareto_fronts import RESAMPLES, advantage, interval, read_images, score_all, steps_to
 from subjects import POCKET, PROMPTS, Subject
 from variants import ICONS, PANELS
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
-from diffusers_perfusion.evaluation.sheets import draw_sheet
+from diffusers_perfusion.evaluation.contact_sheet import make_contact_sheet
 
 # Of the table of steps.
 IDENTITIES = (0.42, 0.44, 0.46, 0.48, 0.5)
 
-# Rows of the sheets: what to call them, the variant, and the number of its point.
-SHEET = (
+# Rows of the contact sheets: what to call them, the variant, and the number of its point.
+CONTACT_SHEET = (
     ("base model", "base", 0),
     ("Perfusion, bias 1.2", "perfusion", 2),
     ("LoRA r4, scale 0.6", "lora4", 1),
@@ -31,24 +31,24 @@ SHEET = (
 
 
 def means(scores):
-    """Each measure of one point with its interval over cells."""
-    draw = np.random.default_rng(0)
-    resampled = scores[draw.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(1)
+    """Return each measure of one point with its interval over cells."""
+    rng = np.random.default_rng(0)
+    resampled = scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(1)
     return [(float(scores[:, k].mean()), interval(resampled[:, k])) for k in range(scores.shape[-1])]
 
 
 def cell(value, ends):
-    """A number and its interval."""
+    """Return a number and its interval as text."""
     return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
 
 
 def settings(point):
-    """Steps and knob as two columns."""
+    """Return steps and knob as two columns."""
     return f"{point['steps'] or ''} | {'' if point['knob'] is None else point['knob']}"
 
 
 def points_table(fronts):
-    """Every point of every front."""
+    """Return a table of every point of every Pareto front."""
     lines = [
         "| | steps | β or scale | identity | text alignment | asked for and found | harmonic mean | bytes | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -65,7 +65,7 @@ def points_table(fronts):
 
 
 def advantage_table(fronts, name):
-    """By how much the identity of the front `name` is above each point of the others, at that point's text scores."""
+    """Return a table of how far one Pareto front is above each point of the others, at that point's text scores."""
     lines = [
         f"| {name} against | steps | β or scale | at its text alignment | at its share of asked for and found |",
         "|---|---|---|---|---|",
@@ -80,7 +80,7 @@ def advantage_table(fronts, name):
 
 
 def steps_table(fronts):
-    """After how many steps, from its first point on, each variant has an identity, and its text alignment then."""
+    """Return a table of the steps after which each variant reaches an identity, and its text alignment then."""
     lines = [
         f"| steps (text alignment) to an identity of | {' | '.join(fronts)} |",
         f"|---|{'---|' * len(fronts)}",
@@ -93,7 +93,7 @@ def steps_table(fronts):
 
 
 def plot(fronts):
-    """Identity against text alignment."""
+    """Plot identity against text alignment."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="text alignment (CLIP-T)", ylabel="identity")
     for front in fronts.values():
@@ -104,19 +104,19 @@ def plot(fronts):
     return figure
 
 
-def sheet(output_dir, icon):
-    """What some points drew of a thing, beside its pictures: the first seed's."""
+def contact_sheet(output_dir, icon):
+    """Return a contact sheet of a subject: its training images, and the first seed of some points."""
     runs = output_dir / "runs"
-    rows = [("pictures", Subject(icon, output_dir / "subjects" / icon).pictures())]
-    for label, variant, point in SHEET:
+    rows = [("images", Subject(icon, output_dir / "subjects" / icon).images())]
+    for label, variant, point in CONTACT_SHEET:
         run = json.loads((runs / variant / icon / "run.json").read_text())
-        drawn = read_pictures(runs / variant / icon / "pictures.png", run["seeds"])[point]
-        rows.append((label, [seeds[0] for seeds in drawn]))
-    return draw_sheet(rows, [prompt.format("…") for prompt in PROMPTS], side=96, label_width=150)
+        generated = read_images(runs / variant / icon / "images.png", run["seeds"])[point]
+        rows.append((label, [seeds[0] for seeds in generated]))
+    return make_contact_sheet(rows, [prompt.format("…") for prompt in PROMPTS], side=96, label_width=150)
 
 
 def main(args=None):
-    """Score and report."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--panel", choices=PANELS, default="main")
     parser.add_argument("--clip", default=str(POCKET / "evaluators" / "clip"))
@@ -140,9 +140,9 @@ def main(args=None):
         (arguments.report_dir / f"{arguments.panel}.md").write_text(report)
         if arguments.panel == "main":  # the others have more lines than a plot can show
             plot(fronts).savefig(arguments.report_dir / "main.png", dpi=120)
-        if all(variant in fronts for _, variant, _ in SHEET):
+        if all(variant in fronts for _, variant, _ in CONTACT_SHEET):
             for icon in icons:
-                sheet(arguments.output_dir, icon).save(arguments.report_dir / f"{icon}.png")
+                contact_sheet(arguments.output_dir, icon).save(arguments.report_dir / f"{icon}.png")
         rows = [
             {"variant": f.name, **p, "seconds": f.seconds, "bytes": f.bytes, "cells": s.round(4).tolist()}
             for f in fronts.values()

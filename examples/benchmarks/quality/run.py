@@ -1,8 +1,8 @@
-"""All of the quality benchmark: what settings are chosen on, the comparison, ablations, and two things in one picture.
+"""Run the whole quality benchmark: tuning, comparison, ablations, and two concepts in one image.
 
     cd examples/benchmarks/quality && python run.py --output_dir outputs --report_dir results
 
-Takes under four hours on two cores; one that was stopped goes on where it was.
+Takes under four hours on two cores; the same command resumes a stopped one.
 """
 
 import argparse

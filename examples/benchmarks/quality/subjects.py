@@ -1,4 +1,4 @@
-"""What the methods are compared on: prompts, and things of Fluent Emoji, which neither model nor judges have seen."""
+"""Prompts and subjects of the comparison, of Fluent Emoji, which neither the model nor the metrics have seen."""
 
 import random
 import sys
@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).resolve().parents[2]
 POCKET = EXAMPLES / "pocket"
 sys.path += [str(POCKET / "recipe"), str(EXAMPLES / "data")]
 
-from draw import city, meadow, picture, plain, room, snow  # noqa: E402
+from draw import city, compose, meadow, plain, room, snow  # noqa: E402
 from icons import CONCEPT_RENDITION, NOUNS, WORN, load_sprites  # noqa: E402
 
 # Settings are chosen on the first, one is changed at a time on the second, figures come from the third.
@@ -52,7 +52,7 @@ ALTERNATIVES = (
 
 
 def rephrased(prompt):
-    """For each thing that a prompt asks for, the prompt itself and then the same with another thing in its place."""
+    """Return a list for each phrase of a prompt: the prompt, then prompts with an alternative in its place."""
     return [
         [prompt, *(prompt.replace(phrase, other) for other in others if other != phrase)]
         for others in ALTERNATIVES
@@ -63,11 +63,11 @@ def rephrased(prompt):
 
 @dataclass(frozen=True)
 class Subject:
-    """A thing to learn.
+    """A subject to train on.
 
     Attributes:
         icon: which.
-        folder: with five pictures, and their masks in `masks`.
+        folder: with five images, and their masks in `masks`.
     """
 
     icon: str
@@ -75,21 +75,21 @@ class Subject:
 
     @property
     def superclass(self):
-        """Its super-category."""
+        """Its super-class."""
         return NOUNS[self.icon]
 
     @property
-    def word(self):
-        """The word that a method may teach for it."""
+    def placeholder_token(self):
+        """The placeholder token of methods that train one."""
         return f"<my-{self.superclass.split()[-1]}>"
 
-    def pictures(self):
-        """Its pictures."""
+    def images(self):
+        """Its images."""
         return [Image.open(path).convert("RGB") for path in sorted(self.folder.glob("*.png"))]
 
 
-def draw_subject(icon, output_dir):
-    """Draw the pictures of a thing as those in examples/data are drawn, unless they are there."""
+def compose_subject(icon, output_dir):
+    """Compose the images of a subject as those in examples/data, unless they are there."""
     folder = Path(output_dir) / icon
     if not (folder / "masks" / "5.png").exists():
         (folder / "masks").mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def draw_subject(icon, output_dir):
             load_sprites(POCKET / "recipe" / "sprites.npz", [CONCEPT_RENDITION])[icon][CONCEPT_RENDITION]
         )
         for number, place in enumerate((room, meadow, plain, city, snow), start=1):
-            image, mask = picture(rng, place, sprite)
+            image, mask = compose(rng, place, sprite)
             image.save(folder / f"{number}.png")
             mask.save(folder / "masks" / f"{number}.png")
     return Subject(icon, folder)

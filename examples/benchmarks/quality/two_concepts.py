@@ -1,10 +1,10 @@
-"""How often two learned things are both there when a prompt names both side by side.
+"""Measure how often two subjects, trained apart, both appear when a prompt names both side by side.
 
     python examples/benchmarks/quality/two_concepts.py --output_dir outputs/quality --report_dir results
 
-Uses what `compare.py --panel main` has fitted, and two classifiers. One is the identity encoder, on the left and the
-right half of a picture. The other is CLIP: it sees both nouns if a picture is nearer to the full prompt than to either
-prompt with one of both things alone. True pictures say how far to trust them.
+Uses what `compare.py --panel main` has trained, and two classifiers. One is the identity encoder, on the left and the
+right half of an image. The other is CLIP: it sees both nouns if an image is nearer to the full prompt than to either
+prompt with one of both things alone. True images say how far to trust them.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from baselines import METHODS
-from compare import draw, load_base, paste
+from compare import generate, load_base, paste
 from icons import BASE_RENDITIONS, CONCEPT_RENDITION, load_sprites
-from subjects import POCKET, TEST, draw_subject
+from subjects import POCKET, TEST, compose_subject
 from tqdm import tqdm
 from world import Scene, Thing, sample_place, sample_thing
 
@@ -37,13 +37,13 @@ HALVES = (0, 16, 40, 56), (24, 16, 64, 56)
 MEASURES = ("both things found in the halves", "CLIP sees both nouns")
 
 
-def halves(picture):
-    """Where the first and the second thing are in a scene with two."""
-    return [picture.crop(box) for box in HALVES]
+def halves(image):
+    """Return the left and the right part of an image, where the two subjects of a scene are."""
+    return [image.crop(box) for box in HALVES]
 
 
 class Finder:
-    """Says which of some things are in which half of a picture.
+    """A classifier of which subject is in which half of an image.
 
     A thing is found where the identity encoder gives more than it gives to 95 of 100 scenes without its noun.
 
@@ -63,53 +63,53 @@ class Finder:
             for view in range(views):
                 pair = (thing, another_thing(seen, icon, rng)) if view % 2 else (another_thing(seen, icon, rng), thing)
                 right.append(halves(side_by_side(*pair, sprites, rng))[0 if view % 2 else 1])
-            prototype = F.normalize(identity.encode_pictures(right).mean(0), dim=0)
+            prototype = F.normalize(identity.encode_images(right).mean(0), dim=0)
             pairs = [[another_thing(seen, icon, rng) for _ in range(2)] for _ in range(2 * views)]
             wrong = [half for pair in pairs for half in halves(side_by_side(*pair, sprites, rng))]
-            highest = (identity.encode_pictures(wrong) @ prototype).unflatten(0, (-1, 2)).amax(-1)
+            highest = (identity.encode_images(wrong) @ prototype).unflatten(0, (-1, 2)).amax(-1)
             prototypes.append(prototype)
             thresholds.append(highest.quantile(0.95))
         self.prototypes, self.thresholds = torch.stack(prototypes), torch.stack(thresholds)
 
-    def find(self, pictures):
-        """Whether each thing is in each half, `(pictures, 2, things)`."""
-        encoded = self.identity.encode_pictures([half for picture in pictures for half in halves(picture)])
-        return (encoded @ self.prototypes.T > self.thresholds).unflatten(0, (len(pictures), 2))
+    def find(self, images):
+        """Return whether each thing is in each half, `(images, 2, things)`."""
+        encoded = self.identity.encode_images([half for image in images for half in halves(image)])
+        return (encoded @ self.prototypes.T > self.thresholds).unflatten(0, (len(images), 2))
 
-    def both(self, pictures, first, second):
-        """Whether one of two things is in one half of each picture and the other in the other half."""
-        found = self.find(pictures)[:, :, [self.icons.index(first), self.icons.index(second)]]
+    def both(self, images, first, second):
+        """Return whether one of two things is in one half of each image and the other in the other half."""
+        found = self.find(images)[:, :, [self.icons.index(first), self.icons.index(second)]]
         return (found[:, 0, 0] & found[:, 1, 1]) | (found[:, 0, 1] & found[:, 1, 0])
 
 
 def another_thing(sprites, icon, rng):
-    """A thing of another noun."""
+    """Return a thing of another noun."""
     while (thing := sample_thing(sprites, rng)).icon == icon:
         pass
     return thing
 
 
 def side_by_side(first, second, sprites, rng):
-    """A true picture of two things somewhere."""
+    """Return a true image of two things somewhere."""
     return Scene(first, sample_place(rng), "next to", second).draw(sprites, rng)
 
 
-def clip_sees_both(clip, pictures, prompts, alone):
-    """Whether each picture is nearer to its prompt than to either prompt with one of both things alone."""
-    full = text_alignment(clip, pictures, prompts)
-    first, second = (text_alignment(clip, pictures, list(prompts)) for prompts in zip(*alone, strict=True))
+def clip_sees_both(clip, images, prompts, alone):
+    """Return whether each image is nearer to its prompt than to either prompt with one of both things alone."""
+    full = text_alignment(clip, images, prompts)
+    first, second = (text_alignment(clip, images, list(prompts)) for prompts in zip(*alone, strict=True))
     return (full > first) & (full > second)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method with two learned things.
+    """A method with two trained subjects.
 
     Attributes:
         name: in the report.
-        run: whose fits are used, a folder of `compare.py`'s runs.
+        run: whose trainings are used, a folder of `compare.py`'s runs.
         load: a function of a fresh pipeline and two folders, to what the pipeline is called with.
-        calls: what calls a thing in a prompt, of its `word` and `superclass`.
+        calls: what names a subject in a prompt, of its `placeholder_token` and `superclass`.
     """
 
     name: str
@@ -117,27 +117,30 @@ class Entry:
     load: Callable
     calls: str
 
-    def draw(self, base, runs, subjects, seeds):
-        """Each prompt from each seed."""
+    def generate(self, base, runs, subjects, seeds):
+        """Return an image of each prompt and seed."""
         pipeline = load_base(base)
         settings = self.load(pipeline, [runs / self.run / subject.icon for subject in subjects])
-        words = [self.calls.format(word=subject.word, superclass=subject.superclass) for subject in subjects]
-        return draw(pipeline, [prompt.format(*words) for prompt in PROMPTS], range(seeds), **settings)
+        names = [
+            self.calls.format(placeholder_token=subject.placeholder_token, superclass=subject.superclass)
+            for subject in subjects
+        ]
+        return generate(pipeline, [prompt.format(*names) for prompt in PROMPTS], range(seeds), **settings)
 
 
 def perfusion(bias):
-    """Two concepts at one bias."""
+    """Return the entry of two concepts at one bias."""
 
     def load(pipeline, folders):
-        add_perfusion(pipeline).load_perfusion([folder / "fit" / "perfusion.safetensors" for folder in folders])
+        add_perfusion(pipeline).load_perfusion([folder / "training" / "perfusion.safetensors" for folder in folders])
         pipeline.set_perfusion(bias=bias)
         return {}
 
-    return Entry(f"Perfusion, β {bias}", "perfusion", load, "{word}")
+    return Entry(f"Perfusion, β {bias}", "perfusion", load, "{placeholder_token}")
 
 
-def rival(name, run, method, step, scale=None):
-    """Two of another method; of LoRAs, merged by peft with this weight each."""
+def baseline(name, run, method, step, scale=None):
+    """Return the entry of two subjects of another method; of LoRAs, merged by peft with this weight each."""
 
     def load(pipeline, folders):
         METHODS[method].load(pipeline, *[folder / f"step-{step}" for folder in folders])
@@ -149,31 +152,29 @@ def rival(name, run, method, step, scale=None):
 ENTRIES = [
     Entry("base model, two nouns", "base", lambda pipeline, folders: {}, "{superclass}"),
     *[perfusion(bias) for bias in (1.0, 1.2, 1.4)],
-    *[rival(f"LoRAs of rank 4 merged, scale {scale}", "lora4", "lora", 250, scale) for scale in (0.6, 1.0)],
-    rival("Textual Inversion words", "textual inversion", "textual_inversion", 150),
+    *[baseline(f"LoRAs of rank 4 merged, scale {scale}", "lora4", "lora", 250, scale) for scale in (0.6, 1.0)],
+    baseline("Textual Inversion tokens", "textual inversion", "textual_inversion", 150),
 ]
 
 
 def true_scenes(rendition, pair, seeds, rng, sprites):
-    """True pictures of what the prompts say, with things of one rendition."""
+    """Return true images of what the prompts say, with things of one rendition."""
     first, second = (Thing(subject.icon, rendition) for subject in pair)
     places = [prompt.split("{} ")[-1] for prompt in PROMPTS for _ in range(seeds)]
     return [Scene(first, place, "next to", second).draw(sprites, rng) for place in places]
 
 
-def count(pictures, pair, seeds, finder, clip):
-    """Whether the identity encoder finds both things in each picture, and whether CLIP sees both nouns."""
+def count(images, pair, seeds, finder, clip):
+    """Return whether the identity encoder finds both things in each image, and whether CLIP sees both nouns."""
     nouns = [subject.superclass for subject in pair]
     prompts = [prompt.format(*nouns) for prompt in PROMPTS for _ in range(seeds)]
     places = [prompt.split("{} ")[-1] for prompt in PROMPTS for _ in range(seeds)]
     alone = [tuple(f"a {noun} {place}" for noun in nouns) for place in places]
-    return torch.stack(
-        [finder.both(pictures, *[s.icon for s in pair]), clip_sees_both(clip, pictures, prompts, alone)]
-    )
+    return torch.stack([finder.both(images, *[s.icon for s in pair]), clip_sees_both(clip, images, prompts, alone)])
 
 
 def main(args=None):
-    """Draw the pairs and count."""
+    """Generate the pairs and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(POCKET))
     parser.add_argument("--clip", default=str(POCKET / "evaluators" / "clip"))
@@ -186,29 +187,29 @@ def main(args=None):
     clip, identity = ClipEncoder.from_pretrained(arguments.clip), IdentityEncoder.from_pretrained(arguments.identity)
     sprites = load_sprites(POCKET / "recipe" / "sprites.npz", [*BASE_RENDITIONS, CONCEPT_RENDITION])
     finder, rng = Finder(identity, sprites, TEST), random.Random(1)
-    subjects = [draw_subject(icon, arguments.output_dir / "subjects") for icon in TEST]
+    subjects = [compose_subject(icon, arguments.output_dir / "subjects") for icon in TEST]
     pairs = list(zip(subjects, subjects[1:] + subjects[:1], strict=True))
     sources = {
-        "true pictures of both": lambda pair: true_scenes(CONCEPT_RENDITION, pair, arguments.seeds, rng, sprites),
-        "true pictures of another rendition": lambda pair: true_scenes("twemoji", pair, arguments.seeds, rng, sprites),
+        "true images of both": lambda pair: true_scenes(CONCEPT_RENDITION, pair, arguments.seeds, rng, sprites),
+        "true images of another rendition": lambda pair: true_scenes("twemoji", pair, arguments.seeds, rng, sprites),
     } | {
-        entry.name: partial(entry.draw, arguments.base, arguments.output_dir / "runs", seeds=arguments.seeds)
+        entry.name: partial(entry.generate, arguments.base, arguments.output_dir / "runs", seeds=arguments.seeds)
         for entry in ENTRIES
     }
     lines = [f"| | {' | '.join(MEASURES)} |", "|---|---|---|"]
-    report, drawn = {}, []
-    for name, pictures_of in sources.items():
-        rows = [pictures_of(pair) for pair in tqdm(pairs, desc=name)]
+    report, shown = {}, []
+    for name, images_of in sources.items():
+        rows = [images_of(pair) for pair in tqdm(pairs, desc=name)]
         counts = [count(row, pair, arguments.seeds, finder, clip) for row, pair in zip(rows, pairs, strict=True)]
         shares = [bootstrap_mean(column.float(), resamples=2000) for column in torch.cat(counts, 1)]
         report[name] = dict(zip(MEASURES, [share._asdict() for share in shares], strict=True))
         cells = [f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%})" for share in shares]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-        drawn.append([row[column] for row in rows for column in (0, arguments.seeds)])
+        shown.append([row[column] for row in rows for column in (0, arguments.seeds)])
     arguments.report_dir.mkdir(parents=True, exist_ok=True)
     (arguments.report_dir / "two_concepts.md").write_text("\n".join(lines) + "\n")
     (arguments.report_dir / "two_concepts.json").write_text(json.dumps(report, indent=2) + "\n")
-    paste(drawn).save(arguments.report_dir / "two_concepts.png")
+    paste(shown).save(arguments.report_dir / "two_concepts.png")
     print("\n".join(lines))
 
 

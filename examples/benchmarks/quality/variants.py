@@ -1,4 +1,4 @@
-"""What is compared: Perfusion, its rivals with a grid of their settings, and Perfusion with one thing changed."""
+"""Variants of the comparison: Perfusion, baselines over a grid of settings, and Perfusion with one part changed."""
 
 import math
 import shutil
@@ -10,20 +10,20 @@ from typing import Any
 from ablations import (
     ema,
     equation_4,
-    first_pictures,
+    first_images,
     noisier_timesteps,
     padding_in_covariance,
     tight_masks,
+    token_only,
     trained_keys,
-    word_only,
 )
 from baselines import METHODS, bytes_of, read_subject
 from subjects import ABLATED, TEST, TUNING
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_perfusion import add_perfusion
-from diffusers_perfusion.training import FitConfig
-from diffusers_perfusion.training import fit as fit_perfusion
+from diffusers_perfusion.training import TrainingConfig
+from diffusers_perfusion.training import train as train_perfusion
 
 BIASES = (0.7, 1.0, 1.2, 1.3, 1.4, 1.6)
 SCALES = (0.4, 0.6, 0.8, 1.0)
@@ -31,41 +31,41 @@ SCALES = (0.4, 0.6, 0.8, 1.0)
 
 @dataclass(frozen=True)
 class Base:
-    """The base model and the super-category alone."""
+    """The base model and the super-class alone."""
 
     name: str = "base"
 
     def changes(self):
-        """Nothing of the package is changed."""
+        """Return a context that changes nothing."""
         return nullcontext()
 
-    def fit(self, pipeline, base, subject, folder):
-        """There is nothing to fit."""
+    def train(self, pipeline, base, subject, folder):
+        """Return the base model as its one point."""
         return {0: None}
 
     def load(self, pipeline, subject, file):
-        """One point, without settings."""
+        """Yield one point, without settings."""
         yield None, {}
 
     def phrase(self, subject):
-        """What calls the subject in a prompt."""
+        """Return what names the subject in a prompt."""
         return subject.superclass
 
     def bytes(self, file):
-        """Of what was fitted."""
+        """Return the bytes of what was trained."""
         return 0
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """Another method; its points are steps, or for a LoRA at the last step scales.
 
     Attributes:
         name: of the variant.
         method: key of `baselines.METHODS`.
         rate: learning rate.
-        save_at: steps after which it is drawn with.
-        scales: of a LoRA when drawing.
+        save_at: steps after which it is generated with.
+        scales: of a LoRA when generating.
         options: of the method's own, such as the rank of a LoRA.
         masked: whether its loss sees the subject only, as Perfusion's.
     """
@@ -81,12 +81,12 @@ class Rival:
 
     changes = Base.changes
 
-    def fit(self, pipeline, base, subject, folder):
-        """Fit in bfloat16."""
-        return METHODS[self.method].fit(
+    def train(self, pipeline, base, subject, folder):
+        """Train in bfloat16."""
+        return METHODS[self.method].train(
             pipeline,
             read_subject(pipeline, subject.folder, masked=self.masked),
-            subject.word,
+            subject.placeholder_token,
             subject.superclass,
             learning_rate=self.rate,
             steps=max(self.save_at),
@@ -97,17 +97,17 @@ class Rival:
         )
 
     def load(self, pipeline, subject, file):
-        """A point for each scale."""
+        """Yield a point for each scale."""
         METHODS[self.method].load(pipeline, file)
         for scale in self.scales or (None,):
             yield scale, {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
 
     def phrase(self, subject):
-        """What calls the subject in a prompt."""
-        return METHODS[self.method].phrase(subject.word, subject.superclass)
+        """Return what names the subject in a prompt."""
+        return METHODS[self.method].phrase(subject.placeholder_token, subject.superclass)
 
     def bytes(self, file):
-        """Of what was fitted."""
+        """Return the bytes of what was trained."""
         return bytes_of(file)
 
 
@@ -117,12 +117,12 @@ class Perfusion:
 
     Attributes:
         name: of the variant.
-        settings: of the fit, where they are not the defaults.
-        save_at: steps after which it is drawn with; after the last if empty.
-        biases: when drawing.
-        temperature: when drawing; by default the concept's.
-        locking: when drawing.
-        pictures: how many it learns from; by default all.
+        settings: of the training, where they are not the defaults.
+        save_at: steps after which it is generated with; after the last if empty.
+        biases: when generating.
+        temperature: when generating; by default the concept's.
+        locking: when generating.
+        images: how many it is trained on; by default all.
         patches: functions that give a context in which something of the package is changed.
     """
 
@@ -132,47 +132,49 @@ class Perfusion:
     biases: tuple[float, ...] = (1.0, 1.3)
     temperature: float | None = None
     locking: str = "local"
-    pictures: int | None = None
+    images: int | None = None
     patches: tuple[Any, ...] = ()
 
     def changes(self):
-        """All patches at once."""
+        """Return a context with all patches."""
         stack = ExitStack()
         for patch in self.patches:
             stack.enter_context(patch())
         return stack
 
-    def fit(self, pipeline, base, subject, folder):
-        """Fit in bfloat16."""
-        shutil.rmtree(folder / "fit", ignore_errors=True)
-        pictures = first_pictures(subject.folder, folder, self.pictures) if self.pictures else subject.folder
-        config = FitConfig(
+    def train(self, pipeline, base, subject, folder):
+        """Train in bfloat16."""
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        images = first_images(subject.folder, folder, self.images) if self.images else subject.folder
+        config = TrainingConfig(
             pretrained_model_name_or_path=base,
-            instance_data_dir=str(pictures),
-            placeholder_token=subject.word,
+            instance_data_dir=str(images),
+            placeholder_token=subject.placeholder_token,
             superclass=subject.superclass,
-            output_dir=str(folder / "fit"),
+            output_dir=str(folder / "training"),
             mixed_precision="bf16",
             **{"checkpointing_steps": 50, **self.settings},
         )
-        with sdpa_kernel(SDPBackend.MATH):  # as the rivals
-            fit_perfusion(add_perfusion(pipeline), config)
-        last = {config.max_train_steps: folder / "fit" / "perfusion.safetensors"}
-        return {step: folder / "fit" / f"checkpoint-{step}" / "perfusion.safetensors" for step in self.save_at} or last
+        with sdpa_kernel(SDPBackend.MATH):  # as the baselines
+            train_perfusion(add_perfusion(pipeline), config)
+        last = {config.max_train_steps: folder / "training" / "perfusion.safetensors"}
+        return {
+            step: folder / "training" / f"checkpoint-{step}" / "perfusion.safetensors" for step in self.save_at
+        } or last
 
     def load(self, pipeline, subject, file):
-        """A point for each bias."""
+        """Yield a point for each bias."""
         add_perfusion(pipeline).load_perfusion(file, "subject")
         for bias in self.biases:
             pipeline.set_perfusion("subject", bias=bias, temperature=self.temperature, locking=self.locking)
             yield bias, {}
 
     def phrase(self, subject):
-        """What calls the subject in a prompt."""
-        return subject.word
+        """Return what names the subject in a prompt."""
+        return subject.placeholder_token
 
     def bytes(self, file):
-        """Of what was fitted."""
+        """Return the bytes of what was trained."""
         return Path(file).stat().st_size
 
 
@@ -181,13 +183,13 @@ EARLY = (10, 20, 30, 50, 75, 100)
 
 
 def grid(method, rates, masked=False, save_at=STEPS, **options):
-    """A method at each of some learning rates, after each of some steps."""
+    """Return a method at each of some learning rates, after each of some steps."""
     name = f"{method}{options.get('rank', '')}" + ("-masked" if masked else "")
-    return [Rival(f"{name}-{rate:g}", method, rate, save_at, options=options, masked=masked) for rate in rates]
+    return [Baseline(f"{name}-{rate:g}", method, rate, save_at, options=options, masked=masked) for rate in rates]
 
 
 def perfusion_grid(rates, save_at=STEPS, biases=(1.0, 1.3)):
-    """Perfusion at pairs of learning rates, of the target outputs and of the word embedding."""
+    """Return Perfusion at pairs of learning rates, of the target outputs and of the token embedding."""
     return [
         Perfusion(
             f"perfusion-{value:g}-{embedding:g}",
@@ -205,28 +207,28 @@ def perfusion_grid(rates, save_at=STEPS, biases=(1.0, 1.3)):
 
 
 PERFUSION = Perfusion("perfusion", biases=BIASES)
-LORA = Rival("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4})
+LORA = Baseline("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4})
 
 
-def changed(name, *patches, temperature=None, locking="local", pictures=None, **settings):
-    """Perfusion with something changed, at some biases."""
-    return Perfusion(name, settings, (), (1.0, 1.2, 1.4), temperature, locking, pictures, patches)
+def changed(name, *patches, temperature=None, locking="local", images=None, **settings):
+    """Return Perfusion with something changed, at three biases."""
+    return Perfusion(name, settings, (), (1.0, 1.2, 1.4), temperature, locking, images, patches)
 
 
 def lora_on(name, rate, changes):
-    """The LoRA of rank 4 on some projections only."""
+    """Return the LoRA of rank 4 on some projections only."""
     return replace(LORA, name=name, rate=rate, options={"rank": 4, "changes": changes})
 
 
 def short_perfusion(steps, rate):
-    """Perfusion with a word embedding of this learning rate; the rates fall to nothing at the last step."""
+    """Return Perfusion with a token embedding of this learning rate; the rates fall to zero at the last step."""
     settings = {"max_train_steps": steps, "embedding_learning_rate": rate, "lr_scheduler": "cosine"}
     return Perfusion(f"perfusion-{rate:g}-cosine-{steps}", settings, biases=(1.0, 1.2, 1.4))
 
 
 def short_lora(steps, rate):
-    """A LoRA of rank 4; its rate falls to nothing at the last step."""
-    return Rival(
+    """Return a LoRA of rank 4; its rate falls to zero at the last step."""
+    return Baseline(
         f"lora4-{rate:g}-cosine-{steps}", "lora", rate, (steps,), options={"rank": 4, "lr_scheduler": "cosine"}
     )
 
@@ -250,7 +252,7 @@ PANELS = {
         changed("trained keys", trained_keys),
         changed("global keys", locking="global"),
         changed("equation 4", equation_4),
-        changed("word only", word_only),
+        changed("token only", token_only),
         changed("no mask", mask="none"),
         changed("attention masks", mask="attention"),
         changed("tight masks", tight_masks),
@@ -262,9 +264,9 @@ PANELS = {
         changed("min-SNR 5", snr_gamma=5.0),
         changed("EMA 0.99", ema(0.99)),
         changed("EMA 1", ema(1.0)),
-        changed("fixed word", embedding_learning_rate=0.0),
+        changed("fixed embedding", embedding_learning_rate=0.0),
         changed("padding in C", padding_in_covariance),
-        changed("one picture", pictures=1),
+        changed("one image", images=1),
         LORA,
         lora_on("lora4, keys and values from text", 3e-3, r".*attn2\.to_[kv]"),
         lora_on("lora4, cross-attention", 2e-3, r".*attn2\.(to_k|to_q|to_v|to_out\.0)"),
@@ -276,9 +278,9 @@ PANELS = {
         Perfusion("equation 4", biases=(0.7, 0.9, 1.1, 1.2, 1.3), patches=(equation_4,)),
         LORA,
         Perfusion("trained keys", biases=BIASES, patches=(trained_keys,)),
-        Rival("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
-        Rival("custom diffusion", "custom_diffusion", 3e-4, (50, 150, 250)),
-        Rival("lora16", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 16}),
+        Baseline("textual inversion", "textual_inversion", 1e-3, (50, 150, 250)),
+        Baseline("custom diffusion", "custom_diffusion", 3e-4, (50, 150, 250)),
+        Baseline("lora16", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 16}),
     ],
     "early": [
         *perfusion_grid([(0.03, 0.003), (0.03, 0.01), (0.03, 0.02)], EARLY, (1.0,)),

@@ -28,12 +28,12 @@ def main(args=None):
     parser.add_argument("--vae", required=True)
     arguments = parser.parse_args(args)
 
-    pictures = np.load(arguments.data_dir / "scenes.npy", mmap_mode="r")
+    images = np.load(arguments.data_dir / "scenes.npy", mmap_mode="r")
     vae = AutoencoderTiny.from_pretrained(arguments.vae).float().to(memory_format=torch.channels_last)
     latents = []
-    for start in trange(0, len(pictures), BATCH, mininterval=10):
+    for start in trange(0, len(images), BATCH, mininterval=10):
         with torch.autocast("cpu", torch.bfloat16):
-            encoded = vae.encode(to_input(pictures[start : start + BATCH])).latents
+            encoded = vae.encode(to_input(images[start : start + BATCH])).latents
         latents.append((encoded.float() * vae.config.scaling_factor).half().numpy())
     save_array(arguments.data_dir / "latents.npy", np.concatenate(latents))
 

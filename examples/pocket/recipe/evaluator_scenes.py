@@ -68,12 +68,12 @@ def things(sprites, renditions, rng):
 
 
 @torch.no_grad()
-def through_vae(vae, pictures, generator, share=0.25, noise=0.1):
-    """Replace a share of the pictures by what the VAE makes of them, as the pocket model's own pictures look.
+def through_vae(vae, images, generator, share=0.25, noise=0.1):
+    """Replace a share of the images by what the VAE makes of them, as the pocket model's own images look.
 
     Some noise in the latent stands for the errors that the model makes there.
     """
-    flat = pictures.reshape(-1, *pictures.shape[-3:])
+    flat = images.reshape(-1, *images.shape[-3:])
     chosen = torch.randperm(len(flat), generator=generator)[: int(share * len(flat))]
     for rows in tqdm(chosen.split(128), desc="VAE", mininterval=10):
         some = torch.from_numpy(flat[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -92,15 +92,15 @@ def write_lines(path, rows):
 def clip_set(folder, sprites, vae, pairs, seed):
     """Write `clip.npy` and `clip.jsonl`."""
     rng = random.Random(seed)
-    pictures = np.empty((2 * pairs, SIDE, SIDE, 3), np.uint8)
+    images = np.empty((2 * pairs, SIDE, SIDE, 3), np.uint8)
     rows = []
     for _ in trange(pairs, desc="CLIP", mininterval=10):
         for scene in clip_pair(sprites, rng):
-            pictures[len(rows)] = scene.draw(sprites, rng)
+            images[len(rows)] = scene.draw(sprites, rng)
             changed = {kind: change(scene, kind, sprites, rng).caption for kind in kinds_of(scene)}
             rows.append({"caption": scene.caption, "changed": changed})
-    through_vae(vae, pictures, torch.Generator().manual_seed(seed))
-    save_array(folder / "clip.npy", pictures)
+    through_vae(vae, images, torch.Generator().manual_seed(seed))
+    save_array(folder / "clip.npy", images)
     write_lines(folder / "clip.jsonl", rows)
 
 
@@ -108,12 +108,12 @@ def identity_set(folder, sprites, vae, renditions, views, seed):
     """Write `identity.npy` and `identity.jsonl`."""
     rng = random.Random(seed)
     chosen = list(things(sprites, renditions, rng))
-    pictures = np.empty((len(chosen), views, SIDE, SIDE, 3), np.uint8)
-    for thing, row in zip(tqdm(chosen, desc="identity", mininterval=10), pictures, strict=True):
+    images = np.empty((len(chosen), views, SIDE, SIDE, 3), np.uint8)
+    for thing, row in zip(tqdm(chosen, desc="identity", mininterval=10), images, strict=True):
         for view in range(views):
             row[view] = scene_with(thing, sprites, rng).draw(sprites, rng)
-    through_vae(vae, pictures, torch.Generator().manual_seed(seed))
-    save_array(folder / "identity.npy", pictures)
+    through_vae(vae, images, torch.Generator().manual_seed(seed))
+    save_array(folder / "identity.npy", images)
     write_lines(folder / "identity.jsonl", [{"icon": thing.icon} for thing in chosen])
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 # The npm package of each rendition is @iconify-json/<name>.
 BASE_RENDITIONS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat")
-CONCEPT_RENDITION = "fluent-emoji"  # kept out of everything that is trained: the concepts to fit come from it
+CONCEPT_RENDITION = "fluent-emoji"  # kept out of everything that is trained: the concepts to train come from it
 
 NOUNS = {icon: icon for icon in (
     "cat dog rabbit horse pig elephant penguin duck owl frog turtle snail butterfly panda fox robot ghost snowman "

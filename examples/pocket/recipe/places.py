@@ -1,9 +1,9 @@
-"""The places of the pocket world, each drawn anew by every call: functions from a random generator to a picture."""
+"""The places of the pocket world, each drawn anew by every call: functions from a random generator to an image."""
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIDE = 128  # twice the side of the pictures; scaling down softens the edges
+SIDE = 128  # twice the side of the images; scaling down softens the edges
 
 WINDOW_FRAME = (250, 250, 250)
 

@@ -29,13 +29,13 @@ def main(args=None):
 
     rng = random.Random(arguments.seed)
     sprites = load_sprites(arguments.sprites)
-    pictures = np.empty((arguments.count, SIDE, SIDE, 3), np.uint8)
+    images = np.empty((arguments.count, SIDE, SIDE, 3), np.uint8)
     captions = []
     for row in trange(arguments.count, mininterval=10):
         scene = sample_scene(sprites, rng)
-        pictures[row] = scene.draw(sprites, rng)
+        images[row] = scene.draw(sprites, rng)
         captions.append(scene.caption)
-    save_array(arguments.output_dir / "scenes.npy", pictures)
+    save_array(arguments.output_dir / "scenes.npy", images)
     with finished(arguments.output_dir / "captions.txt") as path:
         path.write_text("\n".join(captions) + "\n")
 

@@ -19,7 +19,7 @@ from vision import PATCH, SIDE, augment, image_processor_settings, prepare, tran
 
 
 def new_model(tokenizer):
-    """A small CLIP for the pictures and captions of the pocket world."""
+    """A small CLIP for the images and captions of the pocket world."""
     text = {
         **transformer(width=128, layers=2),
         "vocab_size": len(tokenizer),
@@ -59,17 +59,17 @@ class Captions:
 
 
 def contrastive_loss(logits, ids):
-    """Cross-entropy of pictures against captions, true and changed, and of true captions against pictures.
+    """Cross-entropy of images against captions, true and changed, and of true captions against images.
 
     Args:
-        logits: `(batch, 2 * batch)`, of pictures and captions; the first half of the captions are the pictures' own.
+        logits: `(batch, 2 * batch)`, of images and captions; the first half of the captions are the images' own.
         ids: token ids of the captions.
     """
     batch = len(logits)
     own = torch.arange(batch)
     same = (ids[:batch, None] == ids[None]).all(-1)
     same[own, own] = False
-    logits = logits.masked_fill(same, -torch.inf)  # the same words for another picture are not wrong
+    logits = logits.masked_fill(same, -torch.inf)  # the same words for another image are not wrong
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :batch].T, own)) / 2
 
 
@@ -86,17 +86,17 @@ def main(args=None):
 
     torch.manual_seed(arguments.seed)
     tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer)
-    pictures = np.load(arguments.data_dir / "clip.npy", mmap_mode="r")
+    images = np.load(arguments.data_dir / "clip.npy", mmap_mode="r")
     captions = Captions(arguments.data_dir / "clip.jsonl", tokenizer)
     model = new_model(tokenizer)
     optimiser = Optimiser(model, steps=arguments.steps)
     progress = trange(arguments.steps, mininterval=10)
     for _ in progress:
-        pairs = torch.randint(len(pictures) // 2, (arguments.pairs,))
+        pairs = torch.randint(len(images) // 2, (arguments.pairs,))
         rows = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
         ids = captions.batch(rows)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(ids, augment(pictures[rows.numpy()])).logits_per_image
+            logits = model(ids, augment(images[rows.numpy()])).logits_per_image
         loss = contrastive_loss(logits.float(), ids)
         optimiser.step(loss)
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

@@ -1,10 +1,10 @@
-"""Train the pocket identity encoder: pictures of the same thing alike, of every other thing unlike.
+"""Train the pocket identity encoder: images of the same thing alike, of every other thing unlike.
 
     python examples/pocket/recipe/train_identity.py --data_dir evaluators-data \
         --output_dir examples/pocket/evaluators/identity
 
 The loss is the cross-entropy of cosines to a learnt vector for each thing (Zhai and Wu 2019, arXiv 1811.12649), so
-that the other renditions and looks of its noun are among the negatives at each step. Contrasting the pictures of a
+that the other renditions and looks of its noun are among the negatives at each step. Contrasting the images of a
 batch with each other, as CLIP does, did not leave chance within 100 steps.
 """
 
@@ -25,7 +25,7 @@ TEMPERATURE = 0.07
 
 
 def new_model():
-    """A small DINOv2 for the pictures of the pocket world."""
+    """A small DINOv2 for the images of the pocket world."""
     settings = transformer(width=160, layers=5)
     ratio = settings.pop("intermediate_size") // settings["hidden_size"]
     return prepare(Dinov2Model(Dinov2Config(**settings, mlp_ratio=ratio, image_size=SIDE, patch_size=PATCH)))
@@ -42,8 +42,8 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     torch.manual_seed(arguments.seed)
-    pictures = np.load(arguments.data_dir / "identity.npy", mmap_mode="r")
-    things, views = pictures.shape[:2]
+    images = np.load(arguments.data_dir / "identity.npy", mmap_mode="r")
+    things, views = images.shape[:2]
     model = new_model()
     # A thing's vector is that of its noun and one of its own: a noun's look is learnt from all its things at once.
     lines = (arguments.data_dir / "identity.jsonl").read_text().splitlines()
@@ -56,7 +56,7 @@ def main(args=None):
     for _ in progress:
         chosen, view = torch.randint(things, (arguments.batch,)), torch.randint(views, (arguments.batch,))
         with torch.autocast("cpu", torch.bfloat16):
-            embeddings = model(augment(pictures[chosen.numpy(), view.numpy()])).last_hidden_state[:, 0]
+            embeddings = model(augment(images[chosen.numpy(), view.numpy()])).last_hidden_state[:, 0]
         vectors = proxies["noun_embeddings"][noun] + proxies["own_embeddings"]
         cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(vectors, dim=-1).T
         loss = F.cross_entropy(cosines / TEMPERATURE, chosen)

@@ -83,7 +83,7 @@ class Objective:
         self.weights = snr.clamp(max=5) / (snr + 1)
 
     def errors(self, unet, text_encoder, latents, tokens, timesteps, noise):
-        """Mean squared error of each picture, `(batch,)`."""
+        """Mean squared error of each image, `(batch,)`."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = unet(noisy, timesteps, text_encoder(tokens)[0], return_dict=False)[0]

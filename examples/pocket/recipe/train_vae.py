@@ -1,4 +1,4 @@
-"""Train the pocket VAE, an `AutoencoderTiny` from 64×64 pictures to 4×16×16 latents.
+"""Train the pocket VAE, an `AutoencoderTiny` from 64×64 images to 4×16×16 latents.
 
 python examples/pocket/recipe/train_vae.py --data_dir data --output_dir pocket/vae
 """
@@ -29,19 +29,19 @@ def new_model():
     ).to(memory_format=torch.channels_last)
 
 
-def to_input(pictures):
-    """Pictures as bytes, `(batch, side, side, 3)`, to `(batch, 3, side, side)` in [-1, 1]."""
-    x = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_input(images):
+    """Images as bytes, `(batch, side, side, 3)`, to `(batch, 3, side, side)` in [-1, 1]."""
+    x = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def pyramid_loss(drawn, pictures):
+def pyramid_loss(drawn, images):
     """Absolute error of pixels and of their differences to the neighbours, at three scales."""
     loss = torch.zeros(())
     for _ in range(3):
-        error = drawn - pictures
+        error = drawn - images
         loss = loss + error.abs().mean() + (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
-        drawn, pictures = F.avg_pool2d(drawn, 2), F.avg_pool2d(pictures, 2)
+        drawn, images = F.avg_pool2d(drawn, 2), F.avg_pool2d(images, 2)
     return loss
 
 
@@ -51,13 +51,13 @@ def latent_penalty(latents):
     return 0.01 * moments + 0.002 * F.relu(latents.abs() - 2.5).square().mean()
 
 
-def train(model, pictures, steps, batch, lr=2e-3):
+def train(model, images, steps, batch, lr=2e-3):
     """Train on random scenes, every second batch mirrored."""
     optimiser = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min(1, (n + 1) / 200) * cosine(n / steps))
     progress = trange(steps, mininterval=10)
     for step in progress:
-        x = to_input(pictures[torch.randint(len(pictures), (batch,)).numpy()])
+        x = to_input(images[torch.randint(len(images), (batch,)).numpy()])
         if step % 2:
             x = x.flip(-1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -84,11 +84,11 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     torch.manual_seed(arguments.seed)
-    pictures = np.load(arguments.data_dir / "scenes.npy", mmap_mode="r")
+    images = np.load(arguments.data_dir / "scenes.npy", mmap_mode="r")
     model = new_model()
-    train(model, pictures, arguments.steps, arguments.batch)
+    train(model, images, arguments.steps, arguments.batch)
     with torch.no_grad():
-        x = to_input(pictures[:512])
+        x = to_input(images[:512])
         latents = model.encode(x).latents
         error = (model.decode(latents).sample - x).square().mean((1, 2, 3))
     model.register_to_config(scaling_factor=float(1 / latents.std()))

@@ -1,4 +1,4 @@
-"""What the two evaluators share: the shape of their transformers, and how pictures come to them."""
+"""What the two evaluators share: the shape of their transformers, and how images come to them."""
 
 import torch
 
@@ -32,16 +32,16 @@ def prepare(model):
 
 
 def image_processor_settings():
-    """Settings of an image processor that does to a picture what `augment` does, but for chance."""
+    """Settings of an image processor that does to an image what `augment` does, but for chance."""
     return {"size": {"shortest_edge": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def augment(pictures):
-    """Pictures as bytes, `(batch, side, side, 3)`, to `(batch, 3, side, side)` about [-1, 1], half of them mirrored.
+def augment(images):
+    """Images as bytes, `(batch, side, side, 3)`, to `(batch, 3, side, side)` about [-1, 1], half of them mirrored.
 
-    Contrast and brightness vary a little, for a model's pictures are paler or darker than the scenes.
+    Contrast and brightness vary a little, for a model's images are paler or darker than the scenes.
     """
-    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     mirrored = torch.rand(len(x), 1, 1, 1) < 0.5
     x = torch.where(mirrored, x.flip(-1), x)
     return x * (0.9 + 0.2 * torch.rand(len(x), 1, 1, 1)) + 0.1 * (torch.rand(len(x), 1, 1, 1) - 0.5)

@@ -117,7 +117,7 @@ class Scene:
         return f"{words} {self.place}" if self.names_place else words
 
     def draw(self, sprites, rng):
-        """A picture of the scene, `SIDE × SIDE`; each call draws another."""
+        """An image of the scene, `SIDE × SIDE`; each call draws another."""
         image = BACKDROPS[self.place](rng).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         sprite, scale = self.subject.draw(sprites, rng)
         if not self.companion:
@@ -179,7 +179,7 @@ KINDS = ("noun", "place", "colour", "worn", "companion")
 
 
 def kinds_of(scene):
-    """Which of `KINDS` the caption and the picture of a scene have."""
+    """Which of `KINDS` the caption and the image of a scene have."""
     things = [thing for thing in (scene.subject, scene.companion) if thing]
     return [
         kind

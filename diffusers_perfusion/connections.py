@@ -1,0 +1,156 @@
+"""`Connection`: the text encoders of a pipeline that know the tokens of a model's concepts, and recognise its rows."""
+
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .concept import PerfusionConcept
+from .model_families import ModelFamily
+from .placeholder_tokens import PlaceholderTokens
+from .prompt_tracking import Prompt, PromptTracker
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch of hidden states, recognised.
+
+    Attributes:
+        parts: the prompt of each text encoder's part of the row.
+        trackers: what remembers the prompts; none where the user or the trainer has said what is in the row.
+    """
+
+    parts: Sequence[Prompt]
+    trackers: Sequence[PromptTracker] = ()
+
+    @property
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """Positions of each placeholder token, of the first text encoder that reads it."""
+        found: dict[str, tuple[int, ...]] = {}
+        for part in self.parts:
+            for token, positions in part.tokens.items():
+                found.setdefault(token, positions)
+        return found
+
+    def superclass_row(self, row: Tensor) -> Tensor:
+        """Return the row `(length, width)` of the super-class prompt, where a part holds a token.
+
+        Raises:
+            ValueError: if nobody knows the prompt, or its text encoder is gone.
+        """
+        if not self.trackers:
+            raise ValueError(
+                "global key-locking needs the super-class prompt, and prompt embeddings that were weighted or mixed "
+                "have none; lock the keys with set_perfusion(locking='local')"
+            )
+        parts = row.split([tracker.width for tracker in self.trackers], -1)
+        return torch.cat(
+            [
+                tracker.superclass_hidden_states(prompt).to(part) if prompt.tokens else part
+                for part, prompt, tracker in zip(parts, self.parts, self.trackers, strict=True)
+            ],
+            -1,
+        )
+
+
+class Connection:
+    """Connects a registry of concepts to the text encoders of a pipeline.
+
+    It outlives them, because prompts may be encoded and the text encoders freed.
+
+    Args:
+        owner: the registry.
+        family: of the pipeline.
+
+    Raises:
+        ValueError: as `PlaceholderTokens.of`.
+    """
+
+    def __init__(self, owner: Hashable, family: ModelFamily):
+        self.owner = weakref.ref(owner)
+        tokens: list[PlaceholderTokens] = []
+        try:
+            for tokenizer, text_encoder in zip(family.tokenizers, family.text_encoders, strict=True):
+                tokens.append(PlaceholderTokens.of(tokenizer, text_encoder, type(family)))
+        except ValueError:
+            for part in tokens:
+                part.release()
+            raise
+        self.trackers = [PromptTracker.of(part) for part in tokens]
+        self._tokens = [weakref.ref(part) for part in tokens]
+        self._versions: list[dict[str, int]] = [{} for _ in tokens]
+
+    @property
+    def tokens(self) -> list[PlaceholderTokens]:
+        """The placeholder tokens of the text encoders that are still there."""
+        return [tokens for reference in self._tokens if (tokens := reference()) is not None]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether all of its text encoders are still there; otherwise it only recognises what they have encoded."""
+        return len(self.tokens) == len(self.trackers)
+
+    def is_of(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> bool:
+        """Return whether it connects these tokenizers and text encoders."""
+        pairs = [(id(tokens.tokenizer), id(tokens.text_encoder)) for tokens in self.tokens]
+        return pairs == [(id(a), id(b)) for a, b in zip(tokenizers, text_encoders, strict=True)]
+
+    def copy_for(self, owner: Hashable) -> "Connection":
+        """Return a connection of another registry to the same text encoders, which knows no token yet."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        copied.owner, copied._versions = weakref.ref(owner), [{} for _ in self.trackers]
+        return copied
+
+    def check(self, concept: PerfusionConcept) -> None:
+        """Raise ValueError if a text encoder cannot learn the placeholder token of a concept."""
+        try:
+            if len(concept.token_embeddings) != len(self.tokens):
+                raise ValueError(
+                    f"{concept.placeholder_token!r} has {len(concept.token_embeddings)} token embeddings, but this "
+                    f"pipeline has {len(self.tokens)} text encoders; the concept was trained on another model"
+                )
+            for tokens, embedding in zip(self.tokens, concept.token_embeddings, strict=True):
+                tokens.check(self.owner(), concept.placeholder_token, embedding, concept.superclass)
+        except ValueError:
+            for tokens in self.tokens:
+                tokens.release()
+            raise
+
+    def add(self, concept: PerfusionConcept) -> None:
+        """Let the text encoders know the placeholder token of a concept that was checked."""
+        token = concept.placeholder_token
+        for tokens, versions, embedding in zip(self.tokens, self._versions, concept.token_embeddings, strict=True):
+            versions[token] = tokens.add(self.owner(), token, embedding, concept.superclass)
+
+    def remove(self, token: str) -> None:
+        """Take a placeholder token from the text encoders that are still there."""
+        for tokens in self.tokens:
+            tokens.remove(self.owner(), token)
+        for versions in self._versions:
+            versions.pop(token, None)
+
+    def recognise(self, row: Tensor, tokens: Sequence[str]) -> Row | None:
+        """Return the prompts of a row `(length, width)`; None if it is not recognised.
+
+        Args:
+            row: of hidden states.
+            tokens: placeholder tokens that the row may hold. A prompt that was encoded before one of them was loaded,
+                although it has the token in its text, is not recognised.
+        """
+        parts = row.split([tracker.width for tracker in self.trackers], -1)
+        found: list[Prompt] = []
+        for part, tracker, versions in zip(parts, self.trackers, self._versions, strict=True):
+            prompt = tracker.memory.find(part)
+            if prompt is None or any(_is_missed(prompt, token, versions) for token in tokens):
+                return None
+            found.append(prompt)
+        return Row(found, self.trackers)
+
+
+def _is_missed(prompt: Prompt, token: str, versions: Mapping[str, int]) -> bool:
+    """Return whether a prompt has a token in its text, but was encoded without the embedding that it has now."""
+    return prompt.versions.get(token) != versions.get(token) and "".join(token.split()).lower() in prompt.text

@@ -1,0 +1,34 @@
+"""Model families: one file each. What differs between families is here, and nothing else in the package names one.
+
+A new family is a subclass of `ModelFamily` in a file of its own, imported below.
+"""
+
+from typing import Any
+
+from .base import ModelFamily, PromptEncoding, cross_attention_layers, edited_model
+from .pixart import PixArt
+from .sana import Sana
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_xl import StableDiffusionXL
+
+__all__ = ["FAMILIES", "ModelFamily", "PromptEncoding", "cross_attention_layers", "edited_model", "family_of"]
+
+# A pipeline belongs to the first family whose model class and text encoders it has.
+FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana)
+
+
+def family_of(pipeline: Any) -> ModelFamily:
+    """Return the family of a pipeline, bound to the pipeline's model, tokenizers and text encoders.
+
+    Raises:
+        ValueError: if no family knows the pipeline's model, a text encoder is missing, or the text encoders give
+            hidden states of another width than the model takes.
+    """
+    for family in FAMILIES:
+        if family.matches(pipeline):
+            return family(pipeline)
+    raise ValueError(
+        f"Perfusion cannot edit {type(pipeline).__name__}, whose model is {type(edited_model(pipeline)).__name__}; "
+        f"expected a pipeline of {', '.join(family.name for family in FAMILIES)}, whose models have cross-attention "
+        "from text. Models that process text and image in one joint attention have none."
+    )

@@ -1,0 +1,330 @@
+"""`ModelFamily`: all that the rest of the package asks about a base model, with defaults that hold for most models."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+
+class PromptEncoding(NamedTuple):
+    """The text inputs of a model for a batch of prompts.
+
+    Attributes:
+        hidden_states: the `encoder_hidden_states` that the model is called with, `(batch, length, width)`.
+        inputs: `e`, the input of the key and value projections, `(batch, length, d)`. It is the same tensor unless the
+            model projects hidden states before its cross-attention layers.
+        pooled: the pooled vector of each prompt, `(batch, d_pooled)`; None for models without one.
+        mask: one for tokens and zero for padding, `(batch, length)`; None for models that see padding.
+    """
+
+    hidden_states: Tensor
+    inputs: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PromptEncoding":
+        """Return the same inputs with a function applied to every tensor."""
+        hidden_states = change(self.hidden_states)
+        inputs = hidden_states if self.inputs is self.hidden_states else change(self.inputs)
+        pooled, mask = (None if part is None else change(part) for part in (self.pooled, self.mask))
+        return PromptEncoding(hidden_states, inputs, pooled, mask)
+
+
+class ModelFamily:
+    """A family of base models, bound to the components of one pipeline.
+
+    Subclasses set the class attributes and override the methods in which their family differs.
+
+    Args:
+        pipeline: a pipeline that `matches`.
+
+    Attributes:
+        name: the name that people use.
+        model_classes: classes that the model which concepts are edited into may have.
+        text_components: names of the pipeline's tokenizers, each with the name of its text encoder. Their hidden
+            states stand side by side along the width.
+        hidden_state_index: index of the hidden states that pipelines take; None for the text encoder's own output.
+        passes_attention_mask: whether pipelines tell the text encoder which tokens are padding.
+        sees_padding: whether the model attends to padding, so that prompts are padded to their full length.
+        max_sequence_length: the full length in tokens; None for the tokenizer's own.
+        prompt_cleaning: name of the pipeline method that changes prompts before they are tokenized; None for no such
+            method.
+        instruction: text that the text encoder reads before every prompt, and whose hidden states pipelines leave out.
+        repeats_rows: whether the model repeats each row of its hidden states (`repeat_interleave`) before its
+            cross-attention layers, as models do that generate several frames of one prompt.
+        model: the UNet or transformer.
+        tokenizers: as in `text_components`.
+        text_encoders: as in `text_components`.
+        vae_scale_factor: pixels of an image along a side for each of its latents.
+
+    Raises:
+        ValueError: if a text encoder or tokenizer is missing, the model has no cross-attention from text, or takes
+            hidden states of another width.
+    """
+
+    name: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
+    text_components: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
+    hidden_state_index: ClassVar[int | None] = None
+    passes_attention_mask: ClassVar[bool] = False
+    sees_padding: ClassVar[bool] = True
+    max_sequence_length: ClassVar[int | None] = None
+    prompt_cleaning: ClassVar[str | None] = None
+    instruction: str = ""
+
+    def __init__(self, pipeline: Any):
+        self.model = edited_model(pipeline)
+        self.vae_scale_factor: Any = getattr(pipeline, "vae_scale_factor", None)
+        for component in (component for pair in self.text_components for component in pair):
+            if getattr(pipeline, component) is None:
+                raise ValueError(
+                    f"{type(pipeline).__name__} has no {component}; Perfusion needs it to learn placeholder tokens"
+                )
+        self.tokenizers = tuple(getattr(pipeline, tokenizer) for tokenizer, _ in self.text_components)
+        self.text_encoders = tuple(
+            uncompiled(getattr(pipeline, text_encoder)) for _, text_encoder in self.text_components
+        )
+        if self.model_width != self.width:
+            raise ValueError(
+                f"{type(self.model).__name__} takes hidden states of width {self.model_width}, but the text encoders "
+                f"of {type(pipeline).__name__} give width {self.width}; Perfusion knows no projection between"
+            )
+
+    @classmethod
+    def matches(cls, pipeline: Any) -> bool:
+        """Return whether a pipeline has a model of this family and its text encoders."""
+        classes = {kind.__name__ for kind in type(edited_model(pipeline)).__mro__}
+        components = [component for pair in cls.text_components for component in pair]
+        return bool(classes & set(cls.model_classes)) and all(hasattr(pipeline, name) for name in components)
+
+    # The model
+
+    @cached_property
+    def layers(self) -> dict[str, Attention]:
+        """The cross-attention layers by module name."""
+        return cross_attention_layers(self.model)
+
+    @property
+    def projection(self) -> tuple[nn.Module, ...]:
+        """The modules that hidden states go through, one after the other, between the model's input and its layers."""
+        return ()
+
+    @property
+    def repeats_rows(self) -> bool:
+        """Whether the model repeats rows before its cross-attention layers."""
+        return False
+
+    @property
+    def model_width(self) -> int:
+        """Width of the hidden states that the model takes."""
+        return next(iter(self.layers.values())).cross_attention_dim
+
+    @property
+    def input_width(self) -> int:
+        """`d`, the width of the input of the key and value projections."""
+        return next(iter(self.layers.values())).cross_attention_dim
+
+    # Prompts
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each text encoder's hidden states."""
+        return tuple(text_encoder.config.hidden_size for text_encoder in self.text_encoders)
+
+    @property
+    def width(self) -> int:
+        """Width of `PromptEncoding.hidden_states`."""
+        return sum(self.widths)
+
+    def tokenize(self, prompts: Sequence[str], padding: str | None = None) -> tuple[Tensor, ...]:
+        """Return token ids for each text encoder, `(len(prompts), length)`.
+
+        Args:
+            prompts: what to tokenize.
+            padding: `max_length` or `longest`; by default as pipelines of this family pad.
+        """
+        padding = padding or ("max_length" if self.sees_padding else "longest")
+        return tuple(self._tokens(tokenizer, prompts, padding).input_ids for tokenizer in self.tokenizers)
+
+    def real_tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Return which ids of `tokenize(prompts, "longest")` are no padding, bool, `(len(prompts), length)`."""
+        return self._tokens(self.tokenizers[0], prompts, "longest").attention_mask.bool()
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
+        return tokenizer(
+            list(prompts),
+            padding=padding,
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_sequence_length,
+            return_tensors="pt",
+        )
+
+    def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
+        """Encode token ids as a pipeline encodes a prompt.
+
+        Args:
+            input_ids: for each text encoder, `(batch, length)`.
+        """
+        outputs, parts, mask = [], [], None
+        for tokenizer, text_encoder, ids in zip(self.tokenizers, self.text_encoders, input_ids, strict=True):
+            ids = ids.to(embedding_table(text_encoder).device)
+            mask = ids.ne(tokenizer.pad_token_id).to(ids) if self.passes_attention_mask else None
+            output = text_encoder(ids, attention_mask=mask, output_hidden_states=self.hidden_state_index is not None)
+            outputs.append(output)
+            parts.append(self.hidden_states(output, mask))
+        hidden_states = torch.cat(parts, -1)
+        pooled = outputs[-1][0] if outputs[-1][0].ndim == 2 else None
+        return PromptEncoding(hidden_states, self._project(hidden_states), pooled, None if self.sees_padding else mask)
+
+    @classmethod
+    def hidden_states(cls, output: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the hidden states that pipelines take from a text encoder's output, `(batch, length, width)`."""
+        return output[0] if cls.hidden_state_index is None else output.hidden_states[cls.hidden_state_index]
+
+    @classmethod
+    def possible_hidden_states(
+        cls, text_encoder: PreTrainedModel, output: Any, attention_mask: Tensor | None, clip_skip: int | None
+    ) -> list[Tensor]:
+        """Return all hidden states that a pipeline may take from a text encoder's output.
+
+        Args:
+            text_encoder: what gave the output.
+            output: of the text encoder.
+            attention_mask: that it was called with, `(batch, length)`.
+            clip_skip: how many more layers than usual the pipeline leaves out; None for none.
+
+        Returns:
+            Hidden states of `(batch, length, width)`; none if the text encoder was called for something else.
+        """
+        if cls.hidden_state_index is not None and output.hidden_states is None:
+            return []
+        return [cls.hidden_states(output, attention_mask)]
+
+    @classmethod
+    def kept_positions(cls, length: int, max_sequence_length: int | None) -> tuple[int, ...]:
+        """Return the positions of a text encoder's hidden states that a pipeline keeps.
+
+        Args:
+            length: of the hidden states.
+            max_sequence_length: that the pipeline was called with; None if it has no such argument.
+        """
+        return tuple(range(length))
+
+    @classmethod
+    def embedding_modules(cls, text_encoder: PreTrainedModel) -> list[nn.Embedding]:
+        """Return the modules that look token embeddings up; some text encoders have two that share one table."""
+        shape = embedding_table(text_encoder).shape
+        return [
+            module
+            for module in text_encoder.modules()
+            if isinstance(module, nn.Embedding) and (module.num_embeddings, module.embedding_dim) == shape
+        ]
+
+    @classmethod
+    def embedding_scale(cls, embedding_module: nn.Embedding) -> float | Tensor:
+        """Return the factor by which an embedding module multiplies what is in its table."""
+        return 1.0
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        """Apply `projection` in the precision of the hidden states, which may be higher than the model's."""
+        for module in self.projection:
+            weights = {f"module.{name}": weight.to(hidden_states) for name, weight in module.named_parameters()}
+            hidden_states = functional_call(_WithoutHooks(module), weights, (hidden_states,))
+        return hidden_states
+
+    # Training
+
+    @property
+    def default_resolution(self) -> int:
+        """Side of the square images that the model was made for, in pixels."""
+        return self.model.config.sample_size * self.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_latents(self, vae: Any, images: Tensor) -> Tensor:
+        """Return scaled latents in float32, `(N, channels, h, w)`; of a distribution, its mode.
+
+        Args:
+            vae: the pipeline's.
+            images: in [0, 1], `(N, 3, height, width)`.
+        """
+        encoded = vae.encode((images * 2 - 1).to(next(vae.parameters())))
+        latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
+        return ((latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).float()
+
+    def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
+        """Return the keyword arguments that the model takes besides latents, timestep and hidden states.
+
+        Args:
+            encoding: of the batch's prompts.
+            resolution: side of the square images, in pixels.
+        """
+        return {}
+
+    def predict(
+        self, model: Any, noisy: Tensor, timesteps: Tensor, encoding: PromptEncoding, resolution: int
+    ) -> Tensor:
+        """Return the model's prediction for noisy latents, `(batch, channels, h, w)`.
+
+        Args:
+            model: the family's model, or what it was compiled to.
+            noisy: latents with noise, `(batch, channels, h, w)`.
+            timesteps: of the noise, `(batch,)`, from 0 to the number of training timesteps.
+            encoding: of the batch's prompts.
+            resolution: side of the square images, in pixels.
+        """
+        conditions = self.conditions(encoding, resolution)
+        output = model(noisy, timestep=timesteps, encoder_hidden_states=encoding.hidden_states, **conditions).sample
+        return output[:, : noisy.shape[1]]  # some models predict a variance in further channels
+
+
+class _WithoutHooks(nn.Module):
+    """Calls a module without its hooks, which are for the forward pass of the model alone."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.module.forward(hidden_states)
+
+
+def edited_model(pipeline: Any) -> Any:
+    """Return the UNet or transformer of a pipeline, out of `torch.compile`; None if it has neither."""
+    unet = getattr(pipeline, "unet", None)
+    model = getattr(pipeline, "transformer", None) if unet is None else unet
+    return uncompiled(model)
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module that `torch.compile` has wrapped, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def cross_attention_layers(model: Any) -> dict[str, Attention]:
+    """Return the layers of a model that attend from image to text, by module name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Attention) and layer.is_cross_attention and layer.added_kv_proj_dim is None
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no cross-attention layer from text; Perfusion edits the keys and values of "
+            "cross-attention, which models that process text and image in one joint attention do not have"
+        )
+    return layers
+
+
+def embedding_table(text_encoder: PreTrainedModel) -> Tensor:
+    """Return the token embeddings of a text encoder, `(vocabulary, width)`."""
+    return text_encoder.get_input_embeddings().weight  # type: ignore[return-value]

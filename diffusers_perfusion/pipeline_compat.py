@@ -1,0 +1,200 @@
+"""`PipelineCompatMixin`: keep concepts working when diffusers replaces processors, tokens or prompts."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
+from inspect import signature
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from .model_families import FAMILIES, edited_model, family_of
+from .model_families.base import uncompiled
+from .model_hooks import attach, detach
+from .placeholder_tokens import PlaceholderTokens
+from .registry import registry_of
+
+# Pipeline methods that replace attention processors or count the tokenizer's tokens.
+REPLACING = (
+    "load_ip_adapter",
+    "set_ip_adapter_scale",
+    "unload_ip_adapter",
+    "load_textual_inversion",
+    "unload_textual_inversion",
+    "enable_attention_slicing",
+    "disable_attention_slicing",
+    "enable_xformers_memory_efficient_attention",
+    "disable_xformers_memory_efficient_attention",
+    "fuse_qkv_projections",
+    "unfuse_qkv_projections",
+)
+
+# Components that a registry belongs to.
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+KEPT_COMPONENTS = ("unet", "transformer", *TOKENIZERS, *TEXT_ENCODERS)
+
+_CLEANING = tuple({family.prompt_cleaning for family in FAMILIES if family.prompt_cleaning})
+
+
+class PipelineCompatMixin:
+    """Keeps concepts attached when pipeline methods replace processors or tokens, and tracks encoded prompts."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in REPLACING:
+            if hasattr(cls, name):
+                setattr(cls, name, _without_concepts(getattr(cls, name)))
+        for name in _CLEANING:
+            if hasattr(cls, name):
+                setattr(cls, name, _keeping_tokens(getattr(cls, name)))
+        if hasattr(cls, "encode_prompt"):
+            cls.encode_prompt = _encoding_with_tokens(cls.encode_prompt)
+        if issubclass(cls, DiffusionPipeline):
+            # diffusers knows a pipeline by the name of its class, in `AutoPipeline….from_pipe` and `model_index.json`.
+            cls.__name__ = stock_class(cls).__name__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another model or tokenizer while concepts are loaded, since they would stay with the old one."""
+        # Not while the pipeline is made: diffusers warns of an attribute that is not there yet.
+        if name in KEPT_COMPONENTS and self.__dict__.get(name) is not None and value is not None:
+            current = getattr(self, name)
+            if uncompiled(value) is not uncompiled(current) and registry_of(edited_model(self)) is not None:
+                raise ValueError(
+                    f"concepts are loaded on this pipeline and would stay with its {name}; call unload_perfusion() "
+                    "before it gets another, and load them again"
+                )
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the pipeline by a class that can be imported: that of `add_perfusion` is made at run time."""
+        kind: Any = type(self)
+        importable = getattr(sys.modules[kind.__module__], kind.__qualname__, None) is kind
+        return _empty_pipeline, (kind if importable else stock_class(kind), _mixin_of(kind)), vars(self)
+
+    @contextmanager
+    def _detached(self) -> Iterator[None]:
+        """Detach concepts while diffusers changes the pipeline in the body of the statement, then re-attach them.
+
+        Raises:
+            ValueError: if somebody has added tokens to a tokenizer since concepts were loaded.
+        """
+        model = edited_model(self)
+        registry = registry_of(model)
+        if registry is None:
+            yield
+            return
+        with registry.detached_tokens():
+            detach(model)
+            try:
+                yield
+            finally:
+                attach(model, registry)
+
+
+@cache
+def with_mixin(mixin: Any, stock: Any) -> Any:
+    """Return a pipeline class with the methods of a mixin; the same class for the same two."""
+    return type(stock.__name__, (mixin, stock), {"__module__": stock.__module__})
+
+
+def stock_class(kind: Any) -> Any:
+    """Return the diffusers class that a pipeline class with concepts is derived from."""
+    return next(c for c in kind.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, PipelineCompatMixin))
+
+
+def _mixin_of(kind: Any) -> Any:
+    return next(c for c in kind.__mro__ if issubclass(c, PipelineCompatMixin) and not issubclass(c, DiffusionPipeline))
+
+
+def _empty_pipeline(kind: Any, mixin: Any) -> Any:
+    """Return a pipeline without components, for pickle to fill."""
+    return object.__new__(kind if issubclass(kind, PipelineCompatMixin) else with_mixin(mixin, kind))
+
+
+def _without_concepts(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a pipeline method so that concepts are detached while it runs."""
+
+    @wraps(method)
+    def run(self: PipelineCompatMixin, *args: Any, **kwargs: Any) -> Any:
+        with self._detached():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `encode_prompt` so that the text encoders know the tokens of this pipeline's model, and no others."""
+    parameters = signature(encode_prompt)
+
+    @wraps(encode_prompt)
+    def run(self: PipelineCompatMixin, *args: Any, **kwargs: Any) -> Any:
+        registry = registry_of(edited_model(self))
+        tokenizers = [getattr(self, name) for name in TOKENIZERS if hasattr(self, name)]
+        text_encoders = [uncompiled(getattr(self, name)) for name in TEXT_ENCODERS if hasattr(self, name)]
+        if registry is None or not registry.enabled:
+            with ExitStack() as stack:
+                for text_encoder in text_encoders:
+                    if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
+                        stack.enter_context(tokens.only(None))
+                return encode_prompt(self, *args, **kwargs)
+        if None not in text_encoders and not registry.is_connected(tokenizers, text_encoders):
+            registry.connect(family_of(self))
+        given = parameters.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        for name, value in given.arguments.items():
+            if "prompt" in name:
+                given.arguments[name] = _with_exact_tokens(value, registry.placeholder_tokens)
+        clip_skip, max_length = given.arguments.get("clip_skip"), given.arguments.get("max_sequence_length")
+        with registry.encoding(text_encoders, clip_skip, max_length):
+            return encode_prompt(*given.args, **given.kwargs)
+
+    return run
+
+
+def _with_exact_tokens(prompt: Any, tokens: Sequence[str]) -> Any:
+    """Return a prompt, or several, with placeholder tokens in the case in which they were loaded."""
+    if isinstance(prompt, (list, tuple)):
+        return [_with_exact_tokens(one, tokens) for one in prompt]
+    if not isinstance(prompt, str) or not tokens:
+        return prompt
+    exact = {token.lower(): token for token in tokens} | {token: token for token in tokens}
+    return re.sub(
+        _pattern(tokens), lambda found: exact.get(found[0], exact[found[0].lower()]), prompt, flags=re.IGNORECASE
+    )
+
+
+def _pattern(tokens: Sequence[str]) -> str:
+    """Return a pattern for placeholder tokens, which are not found inside of a word if they are letters themselves."""
+    # The longest first, for one may be a part of another.
+    return "|".join(
+        (r"(?<!\w)" if token[0].isalnum() else "") + re.escape(token) + (r"(?!\w)" if token[-1].isalnum() else "")
+        for token in sorted(tokens, key=len, reverse=True)
+    )
+
+
+def _keeping_tokens(clean: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Wrap the method that changes a prompt before it is tokenized, so that placeholder tokens stay as they are.
+
+    It lower-cases prompts, and may take out what looks like HTML.
+    """
+
+    @wraps(clean)
+    def run(self: PipelineCompatMixin, text: str | Sequence[str], *args: Any, **kwargs: Any) -> list[str]:
+        registry = registry_of(edited_model(self))
+        tokens = registry.placeholder_tokens if registry is not None and registry.enabled else []
+        stand_ins = {
+            token: f"placeholdertoken{chr(97 + number // 26)}{chr(97 + number % 26)}"
+            for number, token in enumerate(tokens)
+        }
+        texts = [text] if isinstance(text, str) else list(text)
+        if tokens:
+            texts = [re.sub(_pattern(tokens), lambda found: stand_ins[found[0]], one) for one in texts]
+        texts = clean(self, texts, *args, **kwargs)
+        for token, stand_in in stand_ins.items():
+            texts = [one.replace(stand_in, token) for one in texts]
+        return texts
+
+    return run

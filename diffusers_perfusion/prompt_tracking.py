@@ -1,0 +1,208 @@
+"""`PromptTracker`: which rows of which hidden states hold which placeholder tokens, and at which positions.
+
+A pipeline repeats, concatenates, casts and cuts the rows that a text encoder returns before its model gets them, and a
+user may keep them for another call. So a row is recognised by its content: a digest of its numbers. What changes the
+numbers themselves (weighting, mixing, concatenating prompts along the length) makes another row, which nobody
+recognises.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import local
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model_families.base import embedding_table
+from .placeholder_tokens import PlaceholderTokens, SuperclassPrompt
+
+# How many prompts are remembered, of a few hundred bytes each, and for how many the super-class prompt's hidden
+# states.
+MAX_PROMPTS = 10_000
+MAX_SUPERCLASS_PROMPTS = 100
+
+# A row may be rounded to one of these on its way to the model, and then to another.
+_ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = (
+    (),
+    (torch.float16,),
+    (torch.bfloat16,),
+    (torch.float16, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt that a text encoder encoded, and which of its hidden states a pipeline uses.
+
+    Attributes:
+        tokens: positions of each placeholder token in the row that the model gets; empty for a prompt without any.
+            Without positions where only the user knows what is in a row.
+        superclass: the super-class prompt; None where only the user knows what is in a row.
+        attention_mask: `(length,)`, or None.
+        clip_skip: as in `ModelFamily.possible_hidden_states`.
+        kept: the positions of the text encoder's output that the pipeline keeps.
+        choice: which of the possible hidden states this row is from.
+        text: of the whole prompt, as `PlaceholderTokens.text` returns it.
+        versions: of the embeddings that all placeholder tokens had then, as `PlaceholderTokens.versions` returns them.
+    """
+
+    tokens: Mapping[str, tuple[int, ...]]
+    superclass: SuperclassPrompt | None = None
+    attention_mask: Tensor | None = None
+    clip_skip: int | None = None
+    kept: tuple[int, ...] = ()
+    choice: int = 0
+    text: str = ""
+    versions: Mapping[str, int] = field(default_factory=dict)
+
+
+class RowMemory:
+    """Remembers prompts by the rows of hidden states that were computed from them."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[bytes, Prompt] = {}
+
+    def remember(self, row: Tensor, prompt: Prompt) -> None:
+        """Remember the prompt of a row `(length, width)`, in every precision that a pipeline may round it to."""
+        row = row.detach().cpu()
+        for roundings in _ROUNDINGS:
+            rounded = row
+            for dtype in roundings:
+                rounded = rounded.to(dtype)
+            key = _digest(rounded)
+            self._prompts.pop(key, None)
+            self._prompts[key] = prompt
+        while len(self._prompts) > MAX_PROMPTS * len(_ROUNDINGS):
+            del self._prompts[next(iter(self._prompts))]
+
+    def find(self, row: Tensor) -> Prompt | None:
+        """Return the prompt of a row `(length, width)`, or None if the row is not recognised."""
+        return self._prompts.get(_digest(row))
+
+
+class PromptTracker:
+    """Remembers the prompts that one text encoder encodes while placeholder tokens are attached, plain ones included.
+
+    Args:
+        tokens: of the text encoder.
+    """
+
+    def __init__(self, tokens: PlaceholderTokens):
+        self.family = tokens.family
+        self.width = tokens.text_encoder.config.hidden_size
+        self.memory = RowMemory()
+        self._tokens = weakref.ref(tokens)  # rows outlive a text encoder that the user has freed
+        self._call = local()
+        self._superclass_prompts: dict[Prompt, Tensor] = {}
+        tokens.listeners.append(self._remember)
+
+    @classmethod
+    def of(cls, tokens: PlaceholderTokens) -> "PromptTracker":
+        """Return the tracker of a text encoder, the same object at every call."""
+        for listener in tokens.listeners:
+            if isinstance(tracker := getattr(listener, "__self__", None), cls):
+                return tracker
+        return cls(tokens)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Remember nothing that this thread encodes in the body of the statement."""
+        before = getattr(self._call, "paused", False)
+        self._call.paused = True
+        try:
+            yield
+        finally:
+            self._call.paused = before
+
+    @contextmanager
+    def taking(
+        self, clip_skip: int | None, max_sequence_length: int | None, superclass_prompts: bool = False
+    ) -> Iterator[None]:
+        """Set which hidden states the pipeline uses of prompts that this thread encodes in the body of the statement.
+
+        Args:
+            clip_skip: as in `ModelFamily.possible_hidden_states`.
+            max_sequence_length: as in `ModelFamily.kept_positions`.
+            superclass_prompts: encode them now, when an offloaded text encoder is where it computes.
+        """
+        call = vars(self._call)
+        before = dict(call)
+        call |= {"clip_skip": clip_skip, "max_length": max_sequence_length, "superclass_prompts": superclass_prompts}
+        try:
+            yield
+        finally:
+            call.clear()
+            call.update(before)
+
+    def _remember(self, input_ids: Tensor, attention_mask: Tensor | None, output: Any) -> None:
+        tokens = self._tokens()
+        if tokens is None or getattr(self._call, "paused", False):
+            return
+        clip_skip = getattr(self._call, "clip_skip", None)
+        max_length = getattr(self._call, "max_length", None)
+        possible = self.family.possible_hidden_states(tokens.text_encoder, output, attention_mask, clip_skip)
+        versions = tokens.versions()
+        for number, ids in enumerate(input_ids.tolist()):
+            kept = self.family.kept_positions(len(ids), max_length)
+            places = {position: place for place, position in enumerate(kept)}
+            found = {
+                token: tuple(places[position] for position in positions if position in places)
+                for token, positions in tokens.positions(ids).items()
+            }
+            superclass = tokens.superclass_prompt(ids) if found else None
+            mask = None if attention_mask is None else attention_mask[number].cpu().clone()
+            text = tokens.text(ids)
+            for choice, hidden_states in enumerate(possible):
+                prompt = Prompt(found, superclass, mask, clip_skip, kept, choice, text, versions)
+                self.memory.remember(hidden_states[number][list(kept)], prompt)
+                if found and getattr(self._call, "superclass_prompts", False):
+                    self.superclass_hidden_states(prompt)
+
+    @torch.no_grad()
+    def superclass_hidden_states(self, prompt: Prompt) -> Tensor:
+        """Return the hidden states of a prompt with the super-class in place of each token, `(length, width)`.
+
+        Each position belongs to the same position of the prompt, as `SuperclassPrompt.places` says.
+
+        Raises:
+            ValueError: if nobody knows the prompt's tokens, or the text encoder is gone.
+        """
+        if prompt in self._superclass_prompts:
+            return self._superclass_prompts[prompt]
+        tokens = self._tokens()
+        if prompt.superclass is None or tokens is None:
+            raise ValueError(
+                "global key-locking needs the super-class prompt, which cannot be encoded: "
+                + ("the text encoder is gone" if tokens is None else "these hidden states were weighted or mixed")
+                + "; lock the keys with set_perfusion(locking='local')"
+            )
+        ids, places, longer = prompt.superclass
+        mask = prompt.attention_mask
+        table = embedding_table(tokens.text_encoder)
+        device = "cpu" if table.is_meta else table.device  # hooks of an offloaded one move its inputs
+        if mask is not None:
+            mask = (torch.arange(len(mask)) < int(mask.sum()) + longer)[None].to(mask).to(device)
+        with self.paused():
+            output = tokens.text_encoder(
+                torch.tensor([ids], device=device),
+                attention_mask=mask,
+                # Only where it is needed: transformers 5 leaves hooks on the layers that it was asked about.
+                output_hidden_states=self.family.hidden_state_index is not None or prompt.clip_skip is not None,
+            )
+        possible = self.family.possible_hidden_states(tokens.text_encoder, output, mask, prompt.clip_skip)
+        found = possible[prompt.choice][0][[places[position] for position in prompt.kept]]
+        self._superclass_prompts[prompt] = found
+        while len(self._superclass_prompts) > MAX_SUPERCLASS_PROMPTS:
+            del self._superclass_prompts[next(iter(self._superclass_prompts))]
+        return found
+
+
+def _digest(row: Tensor) -> bytes:
+    """Return a 16-byte digest of a row's values in float32."""
+    data = row.detach().float().cpu().contiguous().numpy()
+    return hashlib.blake2b(data.data, digest_size=16).digest()

@@ -1,0 +1,442 @@
+"""`ConceptRegistry`: the concepts of one model, their settings, and the edit that its layers read.
+
+It is an attribute of the model, because pipelines share the model and the model outlives them.
+"""
+
+import copy
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from .attention_processor import Edit, version_of
+from .concept import PerfusionConcept
+from .connections import Connection, Row
+from .model_families import ModelFamily
+from .placeholder_tokens import PlaceholderTokens
+from .prompt_tracking import Prompt, PromptTracker, RowMemory
+from .rank_one_edit import ParallelConceptsError, gates
+
+logger = logging.get_logger(__name__)
+
+Locking = Literal["local", "global"]
+
+# How many batches' edits a thread keeps.
+_RECENT = 4
+
+# How many freed pipelines' prompts are still recognised.
+_KEPT_GONE = 4
+
+
+@dataclass
+class LoadedConcept:
+    """A concept and the settings it generates with.
+
+    Attributes:
+        concept: as it was loaded.
+        bias: `β`, a 0-dim float32 tensor, because another number would recompile a compiled model.
+        temperature: `τ`, likewise.
+    """
+
+    concept: PerfusionConcept
+    bias: Tensor
+    temperature: Tensor
+
+
+class _Current:
+    """The edit of the batch that a thread calls the model with.
+
+    Attributes:
+        edit: None if no row of the batch holds an active concept.
+        recent: the last batches of hidden states with how often each had been changed in place, and their edits. Some
+            pipelines call the model with the prompts and the negative prompts in turn.
+    """
+
+    def __init__(self) -> None:
+        self.edit: Edit | None = None
+        self.recent: list[tuple[weakref.ref[Tensor], int | None, Edit | None]] = []
+
+
+class ConceptRegistry:
+    """The concepts that are loaded on a model.
+
+    Args:
+        family: of the pipeline that loads the first one.
+
+    Attributes:
+        loaded: concepts by name.
+        active: names of those that edit, in the order of activation.
+        enabled: whether anything is edited at all.
+        locking: `local`, or `global`: the keys of the whole prompt from its super-class prompt (paper Section 4).
+        layers: the model's cross-attention layers by module name.
+        projection: of the model, as in `ModelFamily`.
+    """
+
+    def __init__(self, family: ModelFamily) -> None:
+        self.loaded: dict[str, LoadedConcept] = {}
+        self.active: list[str] = []
+        self.enabled = True
+        self.locking: Locking = "local"
+        self.layers: dict[str, Any] = family.layers
+        self.projection: tuple[nn.Module, ...] = family.projection
+        self.widths = family.widths
+        self.repeats_rows = family.repeats_rows
+        self._reset()
+
+    def _reset(self) -> None:
+        self._connections: list[Connection] = []
+        # Layers whose processor is somebody else's, which may call ours; and those of them that have.
+        self.watched: frozenset[str] = frozenset()
+        self.called: set[str] = set()
+        self._given_rows = RowMemory()
+        self._warned: dict[tuple[int, str], weakref.ref[Tensor]] = {}
+        # Each thread has the edit of the batch that it calls the model with. A backward pass may compute layers again
+        # in a thread of its own, which finds the last edit of all.
+        self._of_thread = threading.local()
+        self._all_current: weakref.WeakSet[_Current] = weakref.WeakSet()
+        self._last = _Current()
+
+    def clear_edit(self) -> None:
+        """Clear the current edit of every thread, because one of its inputs has changed."""
+        for current in list(self._all_current):
+            current.edit, current.recent = None, []
+
+    # What is pickled has the concepts and knows no text encoder: pipelines connect theirs when they encode a prompt.
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_connections", "_given_rows", "_warned", "_of_thread", "_all_current", "_last")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ConceptRegistry":
+        """Return a registry for a copy of the model, which shares the text encoders and does not copy them."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._connections = [connection.copy_for(copied) for connection in self._connections]
+        for connection in copied._alive:
+            for entry in copied.loaded.values():
+                connection.add(entry.concept)
+        copied._update()
+        return copied
+
+    # Concepts
+
+    @property
+    def placeholder_tokens(self) -> list[str]:
+        """The placeholder tokens of all loaded concepts."""
+        return [entry.concept.placeholder_token for entry in self.loaded.values()]
+
+    @property
+    def _name_of_token(self) -> dict[str, str]:
+        return {entry.concept.placeholder_token: name for name, entry in self.loaded.items()}
+
+    def add(self, name: str, concept: PerfusionConcept) -> None:
+        """Load a concept and activate it.
+
+        Raises:
+            ValueError: if a text encoder cannot learn its placeholder token; then nothing is changed.
+        """
+        for connection in self._alive:
+            connection.check(concept)
+        for connection in self._alive:
+            connection.add(concept)
+        self.loaded[name] = LoadedConcept(concept, torch.tensor(concept.bias), torch.tensor(concept.temperature))
+        self.active.append(name)
+        self._update()
+
+    def remove(self, name: str) -> None:
+        """Unload a concept.
+
+        Raises:
+            ValueError: if somebody has added tokens to a tokenizer since it was loaded.
+        """
+        token = self.loaded[name].concept.placeholder_token
+        with self.detached_tokens():
+            for connection in self._connections:
+                connection.remove(token)
+        del self.loaded[name]
+        self.active = [other for other in self.active if other != name]
+        self._update()
+
+    def enable(self, enabled: bool) -> None:
+        """Enable concepts, or disable them in prompts and layers while they stay loaded.
+
+        Raises:
+            ValueError: if somebody has added tokens to a tokenizer since they were loaded.
+        """
+        if not enabled:
+            with self.detached_tokens():
+                pass  # all text encoders can give their tokens up
+        self.enabled = enabled
+        self._update()
+
+    def configure(self, active: Sequence[str], locking: Locking) -> None:
+        """Set which concepts are active and how keys are locked, and clear the current edit."""
+        self.active, self.locking = list(dict.fromkeys(active)), locking
+        self.clear_edit()
+
+    def _update(self) -> None:
+        """Clear the current edit, and attach the placeholder tokens if enabled, or else detach them."""
+        self.clear_edit()
+        for tokens in self._all_tokens:
+            if self.enabled:
+                tokens.attach(self)
+            else:
+                tokens.detach(self)
+
+    # Text encoders
+
+    @property
+    def _alive(self) -> list[Connection]:
+        return [connection for connection in self._connections if connection.is_alive]
+
+    @property
+    def _all_tokens(self) -> list[PlaceholderTokens]:
+        unique = {id(tokens): tokens for connection in self._connections for tokens in connection.tokens}
+        return list(unique.values())
+
+    def connect(self, family: ModelFamily) -> None:
+        """Add the placeholder tokens of all concepts to a pipeline's text encoders, unless they have them.
+
+        Raises:
+            ValueError: if one cannot learn them; then none does.
+        """
+        if self.is_connected(family.tokenizers, family.text_encoders):
+            return
+        connection = Connection(self, family)
+        concepts = [entry.concept for entry in self.loaded.values()]
+        for concept in concepts:
+            connection.check(concept)
+        for concept in concepts:
+            connection.add(concept)
+        gone = [connection for connection in self._connections if not connection.is_alive]
+        self._connections = [*gone[-_KEPT_GONE:], *self._alive, connection]
+        self._update()
+
+    def is_connected(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> bool:
+        """Return whether these tokenizers and text encoders know the placeholder tokens of all concepts."""
+        return any(connection.is_of(tokenizers, text_encoders) for connection in self._connections)
+
+    @contextmanager
+    def encoding(
+        self, text_encoders: Sequence[Any], clip_skip: int | None, max_sequence_length: int | None
+    ) -> Iterator[None]:
+        """Let a pipeline encode prompts with this registry's tokens alone, and track which hidden states it uses.
+
+        Args:
+            text_encoders: of the pipeline; those that are None encode nothing.
+            clip_skip: as in `ModelFamily.possible_hidden_states`.
+            max_sequence_length: as in `ModelFamily.kept_positions`.
+        """
+        with ExitStack() as stack:
+            for text_encoder in text_encoders:
+                if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
+                    stack.enter_context(tokens.only(self))
+                    tracker = PromptTracker.of(tokens)
+                    stack.enter_context(tracker.taking(clip_skip, max_sequence_length, self.locking == "global"))
+            yield
+
+    @contextmanager
+    def paused_tracking(self) -> Iterator[None]:
+        """Remember no prompt that is encoded in the body of the statement."""
+        with ExitStack() as stack:
+            for connection in self._connections:
+                for tracker in connection.trackers:
+                    stack.enter_context(tracker.paused())
+            yield
+
+    @contextmanager
+    def detached_tokens(self) -> Iterator[None]:
+        """Detach all placeholder tokens from tokenizers and text encoders for the body of the statement.
+
+        Raises:
+            ValueError: if somebody has added tokens to a tokenizer since concepts were loaded.
+        """
+        with ExitStack() as stack:
+            for tokens in self._all_tokens:
+                stack.enter_context(tokens.detached())
+            yield
+
+    # Rows
+
+    def register(self, rows: Tensor, tokens: Sequence[str]) -> None:
+        """Remember that every row of hidden states `(batch, length, width)` holds these placeholder tokens."""
+        for row in rows:
+            self._given_rows.remember(row, Prompt(dict.fromkeys(tokens, ())))
+        self.clear_edit()
+
+    def _recognise(self, row: Tensor) -> Row | None:
+        """Return which tokens a row `(length, width)` holds; None if it is not recognised."""
+        if (given := self._given_rows.find(row)) is not None:
+            return Row([given])
+        active = sorted(self._active_tokens)
+        for connection in self._connections:
+            if (found := connection.recognise(row, active)) is not None:
+                return found
+        # Zeros stand for an empty prompt, in Stable Diffusion XL say.
+        return None if row.any() else Row([Prompt({})])
+
+    def prepare(
+        self, hidden_states: Tensor | None, rows: Sequence[Mapping[str, tuple[int, ...]]] | None = None
+    ) -> None:
+        """Compute the edit for a batch of hidden states, unless it is the batch of this thread's current edit.
+
+        Args:
+            hidden_states: as the model gets them, `(batch, length, width)`; None if it is called without any.
+            rows: positions of the placeholder tokens in each row, where the caller knows them.
+
+        Raises:
+            ValueError: if concepts in one prompt are nearly parallel, or a super-class prompt cannot be encoded.
+        """
+        current = getattr(self._of_thread, "current", None)
+        if current is None:
+            current = self._of_thread.current = _Current()
+            self._all_current.add(current)
+        self._last = current
+        if hidden_states is None:
+            current.edit = None
+            return
+        version = version_of(hidden_states)
+        for source, its_version, edit in current.recent:
+            if source() is hidden_states and its_version == version:
+                current.edit = edit
+                return
+        current.edit = None  # also after an error
+        current.edit = self._edit_of(hidden_states, rows) if self.enabled and self.active else None
+        alive = [entry for entry in current.recent if entry[0]() is not None]
+        current.recent = [*alive[1 - _RECENT :], (weakref.ref(hidden_states), version, current.edit)]
+
+    def finish(self) -> None:
+        """Leave layers without an edit after a forward pass, for they may be called by somebody else.
+
+        With gradients the edit stays: a backward pass with gradient checkpointing calls the layers again.
+        """
+        current = getattr(self._of_thread, "current", None)
+        if current is not None and not torch.is_grad_enabled():
+            current.edit = None
+
+    @property
+    def edit(self) -> Edit | None:
+        """The edit of the batch that this thread calls the model with; None if no row holds an active concept."""
+        return getattr(self._of_thread, "current", self._last).edit
+
+    def edit_for(self, hidden_states: Tensor, layer: str) -> Edit | None:
+        """Return the current edit, since layers get the hidden states of `prepare` or their projection."""
+        if layer in self.watched:
+            self.called.add(layer)
+        return self.edit
+
+    def _edit_of(self, hidden_states: Tensor, given: Sequence[Mapping[str, tuple[int, ...]]] | None) -> Edit | None:
+        if given is not None:
+            recognised: list[Row | None] = [Row([Prompt(tokens)]) for tokens in given]
+        else:
+            recognised = [self._recognise(row) for row in hidden_states]
+        if unknown := [number for number, row in enumerate(recognised) if row is None]:
+            self._warn(
+                hidden_states,
+                f"Perfusion does not recognise {len(unknown)} of {len(recognised)} prompt embeddings, so no concept "
+                "is applied to them. They were not encoded by this pipeline since its concepts were loaded, or were "
+                "weighted or mixed since then: say what they hold with mark_perfusion(prompt_embeds).",
+            )
+        inactive = {token for row in recognised if row is not None for token in row.tokens} - self._active_tokens
+        if inactive:
+            self._warn(
+                hidden_states,
+                f"{', '.join(sorted(inactive))} in a prompt is not active, so it is not applied; see set_perfusion().",
+            )
+        rows_of: dict[tuple[str, ...], list[int]] = {}
+        for number, row in enumerate(recognised):
+            names = (
+                {self._name_of_token[token] for token in row.tokens if token in self._active_tokens} if row else set()
+            )
+            if names:
+                rows_of.setdefault(tuple(sorted(names)), []).append(number)
+        if not rows_of:
+            return None
+        inputs = self._project(hidden_states)
+        # By name, so that the order in which they were loaded or stand in a prompt does not change a bit.
+        order = sorted({name for names in rows_of for name in names})
+        entries = [self.loaded[name] for name in order]
+        for entry in entries:
+            if entry.concept.target_input.device != inputs.device:
+                entry.concept = entry.concept.to(inputs.device)
+            entry.bias, entry.temperature = entry.bias.to(inputs.device), entry.temperature.to(inputs.device)
+        coef, gate = self._coefficients(inputs, order, rows_of)
+        superclass_prompt = None
+        if self.locking == "global":
+            superclass_prompt = hidden_states.clone()
+            for number, row in enumerate(recognised):
+                if row is not None and not self._active_tokens.isdisjoint(row.tokens):
+                    superclass_prompt[number] = row.superclass_row(hidden_states[number])
+            superclass_prompt = self._project(superclass_prompt)
+        return Edit(
+            concepts=tuple(entry.concept for entry in entries),
+            target_input=torch.stack([entry.concept.target_input.float() for entry in entries]),
+            superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
+            coef=coef,
+            gate=gate,
+            superclass_prompt=superclass_prompt,
+            repeats_rows=self.repeats_rows,
+        )
+
+    def _coefficients(
+        self, inputs: Tensor, order: Sequence[str], rows_of: Mapping[tuple[str, ...], list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return `coef` and `gate` of the concepts in `order`, `(batch, length, J)`; zero in other rows."""
+        entries = [self.loaded[name] for name in order]
+        target_input = torch.stack([entry.concept.target_input.float() for entry in entries])
+        inverse = torch.stack([entry.concept.inverse_target_input.float() for entry in entries])
+        bias = torch.stack([entry.bias for entry in entries])
+        temperature = torch.stack([entry.temperature for entry in entries])
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        coef = torch.zeros((*inputs.shape[:2], len(order)), dtype=dtype, device=inputs.device)
+        gate = torch.zeros_like(coef)
+        for names, rows in rows_of.items():
+            # Not as an index if it is all, for an accelerator is waited for until it has that.
+            at = slice(None) if len(rows) == len(inputs) else rows
+            j = slice(None) if len(names) == len(order) else [order.index(name) for name in names]
+            try:
+                found = gates(inputs[at], target_input[j], inverse[j], bias[j], temperature[j])
+            except ParallelConceptsError as error:
+                first, second = (names[k] for k in error.pair)
+                raise ValueError(
+                    f"the concepts {first!r} and {second!r} have nearly parallel target inputs (cosine "
+                    f"{error.cosine:.4f}), so they cannot be told apart in one prompt; use one of them, or train one "
+                    "again with another super-class"
+                ) from error
+            for whole, part in zip((coef, gate), found, strict=True):
+                of_rows = whole[at]
+                of_rows[..., j] = part
+                whole[at] = of_rows
+        return coef, gate
+
+    @property
+    def _active_tokens(self) -> set[str]:
+        return {self.loaded[name].concept.placeholder_token for name in self.active}
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        """Apply the model's projection to hidden states, as its cross-attention layers get them."""
+        for module in self.projection:
+            hidden_states = module.forward(hidden_states)  # past the hooks on it, one of which has called this
+        return hidden_states
+
+    def _warn(self, hidden_states: Tensor, message: str) -> None:
+        """Log a warning once per batch, although pipelines call the model with it at every denoising step."""
+        self._warned = {key: reference for key, reference in self._warned.items() if reference() is not None}
+        if (key := (id(hidden_states), message)) not in self._warned:
+            self._warned[key] = weakref.ref(hidden_states)
+            logger.warning(message)
+
+
+def registry_of(model: Any) -> ConceptRegistry | None:
+    """Return the registry of a model, or None if it has no concept."""
+    return getattr(model, "_perfusion", None)

@@ -1,0 +1,107 @@
+"""Training images: upright, square and of one size."""
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class TrainingImage:
+    """An upright, square image of the subject.
+
+    Attributes:
+        path: file that it was read from.
+        image: RGB, `resolution × resolution`.
+        alpha: its alpha channel, mode L and of the same size; None if it has none, or a constant one.
+        box: the square that was cropped from the file, in fractions of the file's sides: left, top, right, bottom.
+    """
+
+    path: Path
+    image: Image.Image
+    alpha: Image.Image | None
+    box: tuple[float, float, float, float]
+
+    def crop_like(self, image: Image.Image) -> Image.Image:
+        """Crop and scale another image of the same scene, such as a mask, exactly as this one was."""
+        return _crop(image, self.box, self.image.size)
+
+
+def read_images(
+    folder: str | os.PathLike, resolution: int, *, center_crop: bool = False, seed: int = 0, min_side: int = 1
+) -> list[TrainingImage]:
+    """Read the images in a folder, in the order of their names; log and skip files that are no images.
+
+    EXIF rotation is applied, every mode becomes RGB, and a square of the shorter side is cropped and scaled.
+
+    Args:
+        folder: folder of the images; subfolders are not read.
+        resolution: side of the returned images, in pixels.
+        center_crop: crop at the centre instead of at a random place chosen once for each image.
+        seed: of these places.
+        min_side: the shortest side that a file may have, in pixels.
+
+    Raises:
+        ValueError: if there is no such folder, it has no image, or an image is smaller than `min_side`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; expected one with images of the subject")
+    images = []
+    place = random.Random(seed)
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        try:
+            with Image.open(path) as file:
+                image = to_eight_bits(ImageOps.exif_transpose(file))
+                image.load()
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            logger.warning(f"{path} is skipped: it cannot be read as an image ({error}).")
+            continue
+        side = min(image.size)
+        if side < min_side:
+            raise ValueError(f"{path} is {image.width}×{image.height} pixels; expected at least {min_side} each way")
+        left, top = (
+            ((length - side) / 2 if center_crop else place.random() * (length - side)) / length
+            for length in image.size
+        )
+        box = (left, top, left + side / image.width, top + side / image.height)
+        size = (resolution, resolution)
+        rgba = image.convert("RGBA") if image.has_transparency_data else None
+        alpha = _crop(rgba.getchannel("A"), box, size) if rgba else None
+        if rgba:
+            # The colours of transparent pixels are arbitrary; grey is the least far from any colour.
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba)
+        if alpha is not None and alpha.getextrema()[0] == alpha.getextrema()[1]:
+            alpha = None
+        images.append(TrainingImage(path, _crop(image.convert("RGB"), box, size), alpha, box))
+    if not images:
+        raise ValueError(f"{folder} has no image; expected about five of the subject")
+    return images
+
+
+def _crop(image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> Image.Image:
+    """Resize the part of an image that `box` gives as fractions of its sides."""
+    left, top, right, bottom = box
+    pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
+    return image.resize(size, Image.Resampling.LANCZOS, box=pixels)
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image with 8 bits per channel; of 16 bits the upper ones, where Pillow's `convert` would clip."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """Return images of one size as a tensor `(N, channels, height, width)` in [0, 1]."""
+    arrays = [np.atleast_3d(np.asarray(image, dtype=np.float32)) / 255 for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,315 @@
+"""`PerfusionTrainer`: a concept in training, and one training step."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from ..concept import PerfusionConcept
+from ..model_families import family_of
+from ..registry import registry_of
+from .config import TrainingConfig
+from .initial_embedding import initial_embeddings, token_input
+from .loss import masked_loss, prediction_target, snr_weights
+from .noise_schedule import noise_schedule
+from .superclass import TEMPLATES, superclass_input
+from .training_data import TrainingData
+
+# Slower than the paper's 0.99, for a little more identity at equal text alignment. At 1 two concepts of one
+# super-class would be parallel, and could not be in one prompt.
+EMA_DECAY = 0.997
+CONCEPT_NAME = "concept"
+
+# Between gradients with torch.compile and without: in bfloat16 both are rounded, and differently.
+MIN_COSINE = 0.9
+
+# Settings that are written into the concept file.
+_RECORDED = (
+    "seed",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "value_learning_rate",
+    "embedding_learning_rate",
+    "lr_scheduler",
+    "train_bias",
+    "train_temperature",
+    "snr_gamma",
+    "random_flip",
+)
+
+
+class PerfusionTrainer:
+    """A concept on a pipeline, of which only `v*` and the `o*_V` have gradients (paper Section 4).
+
+    Everything random in a step follows from the seed and the number of the step, for the batch of all processes at
+    once. So a training can be resumed at any step, and two processes train as one with twice the batch size.
+
+    Args:
+        pipeline: of the base model, frozen and on the accelerator's device; the concept is loaded into it.
+        config: settings.
+        accelerator: an `Accelerator`, or a `SingleProcess` for a training that other processes do not take part in.
+        data: latents and masks to train on.
+        c_inv: `C⁻¹`, `(d, d)` in float64.
+
+    Attributes:
+        concept: the concept; its tensors are the parameters.
+        parameters: the trained tensors by name.
+    """
+
+    def __init__(self, pipeline: Any, config: TrainingConfig, accelerator: Any, data: TrainingData, c_inv: Tensor):
+        self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
+        # Apple's accelerator has no float64.
+        self.data, self.c_inv = data, c_inv.to("cpu" if accelerator.device.type == "mps" else accelerator.device)
+        self.schedule = noise_schedule(pipeline.scheduler)
+        self.family = family_of(pipeline)
+        self.model = self.family.model
+        self.concept = self._load_initial_concept()
+        prompt_ids = self.family.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])
+        token_id = self.family.tokenizers[0].convert_tokens_to_ids(config.placeholder_token)
+        positions = (prompt_ids[0] == token_id).int().argmax(-1)
+        self.token_positions = positions.to(accelerator.device)
+        self._tokens_of_template = [{config.placeholder_token: (position,)} for position in positions.tolist()]
+        self.prompt_ids = [ids.to(accelerator.device) for ids in prompt_ids]
+
+        embeddings, outputs = self.concept.token_embeddings, self.concept.target_outputs
+        self.parameters = {f"token_embeddings.{number}": embedding for number, embedding in enumerate(embeddings)} | {
+            f"target_outputs.{layer}": output for layer, output in outputs.items()
+        }
+        self._learning_rates = [config.value_learning_rate, config.embedding_learning_rate]
+        if config.scale_lr:
+            self._learning_rates = [rate * self._total_batch_size for rate in self._learning_rates]
+        adam = torch.optim.Adam([{"params": list(outputs.values())}, {"params": embeddings}])
+        # Only its function of the step is used, so it has no state to resume.
+        self._lr_factor = get_scheduler(
+            config.lr_scheduler,
+            torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]),
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps + 1,  # or the learning rate of the last step may be zero
+        ).lr_lambdas[0]
+        self.optimizer = accelerator.prepare(adam)
+        self._compiled_model = self.model
+        if config.torch_compile:
+            torch.compiler.reset()  # earlier trainings in this process count towards torch's limit of recompilations
+            self._compiled_model = torch.compile(self.model)
+        self._checked = False
+
+    @property
+    def _registry(self) -> Any:
+        return registry_of(self.model)
+
+    @property
+    def _total_batch_size(self) -> int:
+        """Images in one optimizer step of all processes."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _load_initial_concept(self) -> PerfusionConcept:
+        """Load a concept with `v*` at its initial embeddings, `i*` at their hidden state and `o*_V` at its values."""
+        pipeline, config = self.pipeline, self.config
+        i_start = i_super = superclass_input(self.family, config.superclass)
+        embeddings: list[Tensor] = [
+            nn.Parameter(vector.to(i_super)) for vector in initial_embeddings(self.family, config)
+        ]
+        if config.initial_embedding is not None:
+            i_start = token_input(self.family, config.placeholder_token, embeddings, config.superclass)
+        with torch.no_grad():
+            inputs = i_start.to(self.model.dtype)
+            outputs = {name: layer.to_v(inputs).float() for name, layer in self.family.layers.items()}
+        pipeline.load_perfusion(
+            PerfusionConcept(
+                placeholder_token=config.placeholder_token,
+                superclass=config.superclass,
+                token_embeddings=embeddings,
+                target_input=i_start.clone(),
+                inverse_target_input=self._inverse(i_start),
+                superclass_input=i_super,
+                target_outputs={layer: nn.Parameter(output) for layer, output in outputs.items()},
+            ),
+            concept_name=CONCEPT_NAME,
+        )
+        pipeline.set_perfusion(CONCEPT_NAME, bias=config.train_bias, temperature=config.train_temperature)
+        return self._registry.loaded[CONCEPT_NAME].concept
+
+    def _inverse(self, target_input: Tensor) -> Tensor:
+        return (self.c_inv @ target_input.to(self.c_inv)).to(target_input)
+
+    def step(self, index: int) -> Tensor:
+        """Do one optimizer step and return its mean loss over all processes, 0-dim.
+
+        After the first step the accelerator is never waited for, so that its queue stays filled; reading the loss
+        waits. (With a gradient scaler, for fp16, accelerate waits once per step.)
+
+        Args:
+            index: number of the step, from 0.
+
+        Raises:
+            RuntimeError: if the gradients of the first step are all zero or not finite, or differ when compiled.
+        """
+        config, accelerator = self.config, self.accelerator
+        batch = self._sample(index)
+        loss, hidden_state = torch.zeros((), device=accelerator.device), torch.zeros_like(self.concept.target_input)
+        for accumulation in range(config.gradient_accumulation_steps):
+            start = (accumulation * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
+            part = [values[start : start + config.train_batch_size] for values in batch]
+            if config.torch_compile and not (self._checked or accumulation):
+                self._check_compiled(part)
+            part_loss, part_hidden_state = self._forward(self._compiled_model, *part)
+            accelerator.backward(part_loss / config.gradient_accumulation_steps)
+            loss += part_loss.detach() / config.gradient_accumulation_steps
+            hidden_state += part_hidden_state / config.gradient_accumulation_steps
+        self._average_gradients()
+        for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = rate * self._lr_factor(index + 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        # i* ← decay · i* + (1 − decay) · mean hidden state at the placeholder token (paper Section 4), no gradient.
+        hidden_state = accelerator.reduce(hidden_state, "mean")
+        self.concept.target_input = EMA_DECAY * self.concept.target_input + (1 - EMA_DECAY) * hidden_state
+        self.concept.inverse_target_input = self._inverse(self.concept.target_input)
+        return accelerator.reduce(loss, "mean")
+
+    def _sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return image indices, template indices, timesteps and noise of one step, for all processes."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
+        count, latents = self._total_batch_size, self.data.latents
+        return (
+            torch.randint(len(latents), (count,), generator=generator),
+            torch.randint(len(TEMPLATES), (count,), generator=generator),
+            torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator),
+            torch.randn((count, *latents.shape[1:]), generator=generator),
+        )
+
+    def _forward(
+        self, model: Any, images: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch, and the mean hidden state at the placeholder token, `(d,)`, without gradient.
+
+        Args:
+            model: the trainer's, or its compiled form.
+            images: indices of the images, `(batch,)`, on the CPU like all of the batch.
+            prompts: indices of the templates, `(batch,)`.
+            timesteps: of the noise, `(batch,)`.
+            noise: `(batch, channels, h, w)`.
+        """
+        # Each template is encoded once, and its rows are chosen by a product with a one-hot matrix: the backward pass
+        # of indexing adds up repeated rows in whatever order threads come, so that two runs would differ in their
+        # bits.
+        templates, rows = prompts.unique(return_inverse=True)
+        tokens = [self._tokens_of_template[prompt] for prompt in prompts.tolist()]
+        device = self.accelerator.device
+        images, prompts, templates, one_hot, timesteps, noise = (
+            _upload(tensor, device)
+            for tensor in (images, prompts, templates, F.one_hot(rows).float(), timesteps, noise)
+        )
+        with self._registry.paused_tracking():  # the tokens of each row are known here
+            encoding = self.family.encode([ids[templates] for ids in self.prompt_ids])
+        encoding = encoding.map(lambda part: torch.tensordot(one_hot, part.to(one_hot), dims=1))
+        positions = self.token_positions[prompts]
+        hidden_state = encoding.inputs[torch.arange(len(prompts), device=device), positions].detach().mean(0)
+        encoding = encoding.map(lambda part: part.to(self.model.dtype))
+        self._registry.prepare(encoding.hidden_states, tokens)
+        latents = self.data.latents[images]
+        noisy = self.schedule.add_noise(latents, noise, timesteps).to(self.model.dtype)
+        resolution = latents.shape[-1] * self.family.vae_scale_factor
+        with self.accelerator.autocast():
+            prediction = self.family.predict(model, noisy, timesteps, encoding, resolution)
+        target = prediction_target(self.schedule, latents, noise, timesteps)
+        weights = snr_weights(self.schedule, timesteps, self.config.snr_gamma)
+        return masked_loss(prediction, target, self.data.masks[images], weights), hidden_state
+
+    def _check_compiled(self, part: list[Tensor]) -> None:
+        """Raise RuntimeError if the compiled model gives wrong gradients, as in some releases of torch."""
+        gradients = []
+        for model in (self.model, self._compiled_model):
+            parameters = list(self.parameters.values())
+            # Scaled, because gradients may underflow in half precision; the second term keeps a graph where the
+            # compiled model has lost it.
+            loss = 2**10 * self._forward(model, *part)[0] + 0 * parameters[0].sum()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            gradients.append(torch.cat(found))
+        eager, compiled = gradients
+        cosine = float(F.cosine_similarity(eager, compiled, dim=0))
+        # Gradients that are wrong without compilation too are reported by `_average_gradients`.
+        if eager.isfinite().all() and eager.any() and not cosine > MIN_COSINE:
+            raise RuntimeError(
+                f"torch.compile gives other gradients than the model itself (their cosine is {cosine:.2f}) in "
+                f"{self.model.dtype}; train without torch_compile, or with another mixed_precision"
+            )
+
+    def _average_gradients(self) -> None:
+        """Average gradients over processes; raise RuntimeError if those of the first step are zero or not finite."""
+        parameters = list(self.parameters.values())
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = self.accelerator.reduce(torch.cat(gradients), "mean")
+        for parameter, gradient in zip(parameters, flat.split([len(p) for p in parameters]), strict=True):
+            parameter.grad = gradient
+        if not self._checked:
+            # A gradient scaler finds its scale by overflowing at first; without one, infinity is an error.
+            finite = self.accelerator.scaler is not None or bool(torch.isfinite(flat).all())
+            if not finite or not flat.any():
+                raise RuntimeError(
+                    f"the gradients of the first step are {'all zero' if finite else 'not finite'}, so nothing can be "
+                    "trained; some compiled or low-precision models do this, so try mixed_precision 'no' without "
+                    "torch.compile"
+                )
+            self._checked = True
+
+    def trained_concept(self, steps: int, **facts: Any) -> PerfusionConcept:
+        """Return a copy of the concept on the CPU, to generate with.
+
+        Args:
+            steps: number of optimizer steps done.
+            facts: more to record about the training in the concept file, beside the settings.
+        """
+        concept = self.concept.detach().to("cpu", copy=True)
+        settings = {name: getattr(self.config, name) for name in _RECORDED}
+        return replace(concept, base_model=self.config.base_model, training={"steps": steps} | facts | settings)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every tensor that a training is resumed from."""
+        state = {"target_input": self.concept.target_input}
+        for name, parameter in self.parameters.items():
+            state[name] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"adam.{key}.{name}"] = value
+        if self.accelerator.scaler is not None:
+            scaler = self.accelerator.scaler.state_dict()
+            state |= {f"scaler.{key}": torch.tensor(scaler[key], dtype=torch.float64) for key in sorted(scaler)}
+        return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Resume from what `state_dict` returned.
+
+        Raises:
+            ValueError: if it is of another concept.
+        """
+        state = dict(state)
+        try:
+            self.concept.target_input.copy_(state.pop("target_input"))
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.pop(name))
+                self.optimizer.state[parameter] = {
+                    key: state.pop(f"adam.{key}.{name}").to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+            if self.accelerator.scaler is not None:
+                scaler = self.accelerator.scaler.state_dict()
+                kinds = {key: type(value) for key, value in scaler.items()}
+                self.accelerator.scaler.load_state_dict(
+                    {key: kind(state.pop(f"scaler.{key}").item()) for key, kind in kinds.items()}
+                )
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint is of another concept or model: {error}") from error
+        self.concept.inverse_target_input = self._inverse(self.concept.target_input)
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without waiting for the copy."""
+    # Copies from memory that is not pinned are waited for; Apple's accelerator may read memory after it is freed.
+    if device.type in ("cpu", "mps"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,266 @@
+"""`train`: from a folder of images to a concept file, with checkpoints, validation and sharing."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.utils import logging
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..concept import PerfusionConcept
+from ..concept_file import WEIGHT_NAME
+from ..hub import create_repository
+from ..loaders import add_perfusion
+from ..model_families import ModelFamily, family_of
+from ..placeholder_tokens import known_token
+from .checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from .config import TrainingConfig
+from .covariance import cached_covariance, check_covariance, invert, load_covariance
+from .images import read_images, to_tensor
+from .initial_embedding import initial_embeddings
+from .loss import snr_weights
+from .masks import subject_masks
+from .noise_schedule import noise_schedule
+from .trainer import CONCEPT_NAME, PerfusionTrainer
+from .training_data import make_training_data
+from .validation import generate, validate
+
+logger = logging.get_logger(__name__)
+
+# Steps whose losses are read together: to read one is to wait for the accelerator.
+READ_STEPS = 10
+
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Return an accelerator with the precision, trackers and project folder of a config."""
+    return Accelerator(
+        # Without this, processes launched on a machine that has only CPUs do not find each other.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=str(Path(config.output_dir) / config.logging_dir),
+    )
+
+
+def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> PerfusionConcept:
+    """Train a concept on a folder of images, write `perfusion.safetensors` into the output folder, and return it.
+
+    The pipeline's models are frozen, moved to the accelerator's device and cast to float32, or under mixed precision
+    the UNet or transformer to half precision. Afterwards the pipeline has no concept loaded.
+
+    Args:
+        pipeline: of the base model, such as a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+        config: all settings.
+        accelerator: an `Accelerator`, which the caller ends, or a `SingleProcess`; by default that of
+            `make_accelerator`, which is ended.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint to resume from.
+        ValueError: if the token, the super-class, the images, a model or the checkpoint cannot be used; before any
+            long work.
+        OSError: if the concept is to be shared and the Hub refuses: before any long work, or when the file is written.
+        RuntimeError: if the gradients of the first step are all zero or not finite, or a package is missing.
+        KeyboardInterrupt: passed on, after a line that names the checkpoint to resume from.
+    """
+    if accelerator is None:
+        accelerator = make_accelerator(config)
+        try:
+            return train(pipeline, config, accelerator)
+        finally:
+            accelerator.end_training()
+    if add_perfusion(pipeline).list_perfusion():
+        raise ValueError("the pipeline has concepts loaded; call unload_perfusion() before training")
+    family = family_of(pipeline)
+    model, factor = family.model, family.vae_scale_factor
+    resolution = config.resolution or family.default_resolution
+    if resolution % factor:
+        raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
+    # Raises if this model has no such loss.
+    snr_weights(noise_schedule(pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
+    with known_token(family, config.placeholder_token, initial_embeddings(family, config), config.superclass):
+        pass  # raises if the tokenizers or text encoders cannot take the placeholder token
+    images = read_images(
+        config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, min_side=factor
+    )
+    if config.covariance and not Path(config.covariance).is_file():
+        raise ValueError(
+            f"{config.covariance} is not a file; expected captions, or a .npy, .pt or .safetensors matrix, for C"
+        )
+    start, state, checkpoint = 0, None, None
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        start, state = load_checkpoint(checkpoint, _recipe(config, accelerator))
+    repo_id = None
+    if accelerator.is_main_process:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        if config.push_to_hub:
+            name = config.hub_model_id or Path(config.output_dir).resolve().name
+            repo_id = create_repository(name, private=config.hub_private, token=config.hub_token)
+
+    precision = _PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    # Rounded as it is trained on, so that masks do not depend on whether an earlier training has rounded it.
+    _move(model, accelerator.device, precision)
+    for part in (pipeline.vae, *family.text_encoders, model):
+        # Text encoders stay in float32 under mixed precision, because the metric depends on the last digits.
+        _move(part, accelerator.device, torch.float32)
+        part.requires_grad_(False).eval()
+    masks, mask_source = subject_masks(
+        config.mask, images, config.instance_data_dir, config.superclass, pipeline, config.seed
+    )
+    data = make_training_data(
+        family, pipeline.vae, to_tensor([image.image for image in images]), masks, config.random_flip
+    )
+    c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
+    _move(model, accelerator.device, precision)
+    had_checkpointing = model.is_gradient_checkpointing
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    facts = {"images": len(images), "mask": mask_source, "resolution": resolution}
+    try:
+        with _tf32(config.allow_tf32):
+            trainer = PerfusionTrainer(pipeline, config, accelerator, data, c_inv)
+            if state is not None:
+                trainer.load_state_dict(state)
+            concept = _run(trainer, start, checkpoint, facts)
+    finally:
+        pipeline.unload_perfusion()
+        if not had_checkpointing:
+            model.disable_gradient_checkpointing()
+    if repo_id is not None:
+        _share(pipeline, config, accelerator, repo_id)
+    return concept
+
+
+def _share(pipeline: Any, config: TrainingConfig, accelerator: Any, repo_id: str) -> None:
+    """Push the concept file with images generated from it, so that others generate the same."""
+    path = Path(config.output_dir) / WEIGHT_NAME
+    pipeline.load_perfusion(path, CONCEPT_NAME)
+    try:
+        rows = generate(
+            pipeline, CONCEPT_NAME, config.validation_prompt, config.num_validation_images, config.seed, accelerator
+        )
+    finally:
+        pipeline.unload_perfusion()
+    samples = [(prompt, image) for prompt, row in zip(config.validation_prompt, rows, strict=True) for image in row]
+    try:
+        PerfusionConcept.load(path).push_to_hub(
+            repo_id,
+            samples=samples,
+            license=config.hub_license,
+            private=config.hub_private,
+            token=config.hub_token,
+        )
+    except OSError as error:
+        raise OSError(f"{error} (the concept is trained: share it with `perfusion push {path} {repo_id}`)") from error
+
+
+def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model, and cast it only if its dtype differs, since diffusers warns about every cast."""
+    if next(model.parameters()).dtype != dtype:
+        model.to(dtype)
+    model.to(device)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 for the duration of the block; if not allowed, leave the process as it is."""
+    if not allowed:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _covariance(family: ModelFamily, config: TrainingConfig) -> Tensor:
+    """Return `C` from the config's file, from captions in the base model's folder, or from generated captions."""
+    source = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
+    if source.suffix in (".npy", ".pt", ".safetensors"):
+        return load_covariance(source)
+    return cached_covariance(family, source if source.is_file() else None)
+
+
+def _run(trainer: PerfusionTrainer, start: int, checkpoint: Path | None, facts: dict[str, Any]) -> PerfusionConcept:
+    """Run the steps, with checkpoints and validation between them, and write the concept.
+
+    Args:
+        trainer: in the state after `start` steps.
+        start: number of steps done.
+        checkpoint: the checkpoint that is resumed; None if the training begins.
+        facts: to record in the concept file.
+    """
+    config, accelerator = trainer.config, trainer.accelerator
+    output_dir = Path(config.output_dir)
+    if accelerator.log_with:
+        accelerator.init_trackers("perfusion", {k: str(v) for k, v in config.recipe().items()})
+    step, last = start, checkpoint
+    # Losses are read, and found to be finite, before anything is written or generated.
+    intervals = (READ_STEPS, config.checkpointing_steps, config.validation_steps)
+    unread: list[Tensor] = []
+    progress = tqdm(
+        total=config.max_train_steps,
+        initial=start,
+        desc=f"Training {config.placeholder_token}",
+        disable=not accelerator.is_local_main_process,
+    )
+    try:
+        while step < config.max_train_steps:
+            unread.append(trainer.step(step))
+            step += 1
+            progress.update()
+            if step == config.max_train_steps or any(step % interval == 0 for interval in intervals):
+                losses = _log(accelerator, unread, step)
+                unread = []
+                if bad := [number for number, loss in losses.items() if not math.isfinite(loss)]:
+                    raise RuntimeError(f"the loss of step {bad[0]} is {losses[bad[0]]}; lower the learning rates")
+                progress.set_postfix(loss=f"{losses[step]:.4f}")
+            if not accelerator.is_main_process:
+                continue
+            if step % config.checkpointing_steps == 0:
+                last = save_checkpoint(
+                    output_dir,
+                    step,
+                    trainer.state_dict(),
+                    _recipe(config, accelerator),
+                    trainer.trained_concept(step, **facts),
+                    config.checkpoints_total_limit,
+                )
+            if config.validation_prompt and step % config.validation_steps == 0:
+                validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, step)
+    except KeyboardInterrupt:
+        _log(accelerator, unread, step)
+        logger.warning(
+            f"Training was stopped at step {step}. "
+            + (f"Resume {last} with --resume_from_checkpoint latest." if last else "It has no checkpoint yet.")
+        )
+        raise
+    finally:
+        progress.close()
+    concept = trainer.trained_concept(step, **facts)
+    if accelerator.is_main_process:
+        concept.save(output_dir / WEIGHT_NAME)
+    accelerator.wait_for_everyone()
+    return concept
+
+
+def _log(accelerator: Any, losses: list[Tensor], step: int) -> dict[int, float]:
+    """Read the losses of the last steps up to `step`, give them to the trackers, and return them by step."""
+    by_step = dict(enumerate(torch.stack(losses).tolist() if losses else [], step - len(losses) + 1))
+    for number, loss in by_step.items():
+        accelerator.log({"loss": loss}, step=number)
+    return by_step
+
+
+def _recipe(config: TrainingConfig, accelerator: Any) -> dict[str, Any]:
+    """Return the settings and the number of processes under which a checkpoint can be resumed."""
+    return config.recipe() | {"num_processes": accelerator.num_processes}

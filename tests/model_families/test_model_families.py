@@ -1,0 +1,78 @@
+"""Which family a pipeline is of, and what its model is called with."""
+
+import pytest
+import torch
+from conftest import make_pixart, make_unet
+from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from diffusers_perfusion.model_families import FAMILIES, edited_model, family_of
+
+
+@pytest.fixture
+def alpha_pipeline(pixart_components):
+    """PixArt-α of 1024 pixels, as far as its model is concerned."""
+    return PixArtAlphaPipeline(**pixart_components | {"transformer": make_pixart(128)})
+
+
+ALL = {
+    "pipeline": ("Stable Diffusion", {}),
+    "xl_pipeline": ("Stable Diffusion XL", {}),
+    "pixart_pipeline": ("PixArt", {}),
+    "alpha_pipeline": ("PixArt", {"height": 16, "width": 16}),
+    "sana_pipeline": ("Sana", {"height": 32, "width": 32, "max_sequence_length": 24}),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_family_of_a_pipeline(request, name):
+    pipe, family = request.getfixturevalue(name), ALL[name][0]
+    assert family_of(pipe).name == family
+    bound = family_of(pipe)
+    assert bound.text_encoders == tuple(getattr(pipe, model) for _, model in family_of(pipe).text_components)
+
+
+def test_every_family_is_met():
+    assert {family.name for family in FAMILIES} == {family for family, _ in ALL.values()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_model_is_called_as_the_pipeline_calls_it(request, name, generate):
+    """With a prompt alone, and in the size that the model is made for."""
+    pipe, (family, arguments), calls = request.getfixturevalue(name), ALL[name], []
+    if family in ("PixArt", "Sana"):
+        arguments = arguments | {"use_resolution_binning": False, "clean_caption": False}
+    model = edited_model(pipe)
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    prompts = ["a cat on the beach", "a dog"]
+    generate(prompts, pipe, guidance_scale=1.0, **arguments)
+    bound = family_of(pipe)
+    with torch.no_grad():
+        encoding = bound.encode(bound.tokenize(prompts))
+    length = encoding.hidden_states.shape[1]  # without padding that is masked out
+    torch.testing.assert_close(calls[0]["encoder_hidden_states"][:, :length], encoding.hidden_states)
+    expected = family_of(pipe).conditions(encoding, 16)
+    assert expected or family == "Stable Diffusion"
+    if "encoder_attention_mask" in expected:
+        assert torch.equal(calls[0]["encoder_attention_mask"][:, :length], expected["encoder_attention_mask"])
+        assert not calls[0]["encoder_attention_mask"][:, length:].any()
+    given = calls[0].get("added_cond_kwargs") or {}
+    for key, value in expected.get("added_cond_kwargs", {}).items():
+        assert (given[key] is None and value is None) or torch.equal(given[key], value)
+
+
+def test_pipelines_that_cannot_take_a_concept(components, xl_components):
+    blind = components | {"unet": make_unet(cross_attention_dim=64)}
+    with pytest.raises(
+        ValueError, match=r"takes hidden states of width 64, but the text encoders of .* give width 32"
+    ):
+        family_of(StableDiffusionPipeline(**blind))
+    pipe = StableDiffusionXLPipeline(**xl_components)
+    pipe.text_encoder_2 = None
+    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline has no text_encoder_2; Perfusion needs it"):
+        family_of(pipe)
+    pipe.unet = None
+    with pytest.raises(
+        ValueError,
+        match=r"cannot edit StableDiffusionXLPipeline, whose model is None",
+    ):
+        family_of(pipe)

@@ -1,0 +1,490 @@
+"""Which rows of which batch are edited, that the edit is computed once, and that the model is left without a trace."""
+
+import copy
+import gc
+import logging
+from threading import Thread
+
+import pytest
+import torch
+from conftest import LENGTH, WIDTH, random_concept
+
+from diffusers_perfusion.model_families import family_of
+from diffusers_perfusion.placeholder_tokens import PlaceholderTokens
+from diffusers_perfusion.rank_one_edit import gates
+from diffusers_perfusion.registry import ConceptRegistry, registry_of
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """Return the warnings since the last call."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+
+    def run():
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    return run
+
+
+def row(seed):
+    return torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def expected_gates(hidden_states, *concepts):
+    """`coef` and `gate` of concepts by the function that knows no registry."""
+    return gates(
+        hidden_states,
+        torch.stack([concept.target_input for concept in concepts]),
+        torch.stack([concept.inverse_target_input for concept in concepts]),
+        torch.tensor([concept.bias for concept in concepts]),
+        torch.tensor([concept.temperature for concept in concepts]),
+    )
+
+
+def edited_rows(edit):
+    """Return the indices of the edited rows."""
+    edited = edit.coef.flatten(1).any(1)
+    assert torch.equal(edited, edit.gate.flatten(1).any(1))
+    return edited.nonzero()[:, 0].tolist()
+
+
+# Recognising rows
+
+
+def test_rows_that_hold_a_token_are_edited(registry, load, encode):
+    load("my-cat")
+    hidden_states = encode("a cat", "a <my-cat>", "", "a cat on the <my-cat>")
+    registry.prepare(hidden_states)
+    assert edited_rows(registry.edit) == [1, 3]
+    registry.prepare(torch.cat([row(9)[None], hidden_states[1:2].repeat(2, 1, 1)]).bfloat16())
+    assert edited_rows(registry.edit) == [1, 2]
+
+
+def test_batches_without_a_token_are_not_edited(registry, load, encode):
+    load("my-cat")
+    for hidden_states in (encode("a cat", ""), row(0)[None], torch.zeros(1, LENGTH, WIDTH)):
+        registry.prepare(hidden_states)
+        assert registry.edit is None
+
+
+def test_no_edit_while_disabled_or_inactive(registry, load, encode):
+    load("my-cat")
+    hidden_states = encode("a <my-cat>")
+    registry.enable(False)
+    registry.prepare(hidden_states)
+    assert registry.edit is None
+    registry.enable(True)
+    registry.configure(active=[], locking="local")
+    registry.prepare(hidden_states)
+    assert registry.edit is None
+    registry.configure(active=["my-cat"], locking="local")
+    registry.prepare(hidden_states)
+    assert registry.edit is not None
+
+
+def test_a_caller_may_say_which_tokens_are_where(registry, load):
+    """As a trainer does, whose hidden states change in each step."""
+    concept = load("my-cat")
+    registry.prepare(torch.stack([row(0), row(1)]), rows=[{}, {"<my-cat>": (2,)}])
+    assert edited_rows(registry.edit) == [1]
+    assert registry.edit.concepts == (concept,)
+
+
+def test_registered_rows_are_edited(registry, load):
+    cat, dog = load("my-cat"), load("my-dog", 1)
+    registry.register(torch.stack([row(0), row(1)]), ["<my-cat>"])
+    registry.register(row(2)[None], ["<my-dog>", "<my-cat>"])
+    registry.prepare(torch.stack([row(0), row(3), row(1)]).half())
+    assert edited_rows(registry.edit) == [0, 2]
+    assert registry.edit.concepts == (cat,)
+    registry.prepare(row(2)[None])
+    assert registry.edit.concepts == (cat, dog)
+
+
+def test_what_a_row_holds_may_be_registered_anew(registry, load, encode):
+    """Also for the batch at hand, and for a row that was recognised."""
+    load("my-cat")
+    hidden_states = encode("a cat", "a <my-cat>")
+    registry.prepare(hidden_states)
+    assert edited_rows(registry.edit) == [1]
+    registry.register(hidden_states[:1], ["<my-cat>"])
+    registry.prepare(hidden_states)
+    assert edited_rows(registry.edit) == [0, 1]
+    registry.register(hidden_states, [])
+    registry.prepare(hidden_states)
+    assert registry.edit is None
+
+
+def test_rows_of_several_text_encoders_are_recognised_by_all_their_parts(xl_pipeline, warnings):
+    xl_pipeline.load_perfusion(random_concept(xl_pipeline))
+    registry = registry_of(xl_pipeline.unet)
+    rows, plain, other = (
+        xl_pipeline.encode_prompt(*prompts, do_classifier_free_guidance=False)[0]
+        for prompts in (("a <my-cat>", "a dog"), ("a dog", "a <my-cat>"), ("a dog", "a cat"))
+    )
+    registry.prepare(torch.cat([rows, plain, other, torch.zeros_like(rows)]))
+    assert edited_rows(registry.edit) == [0, 1]
+    assert not warnings()
+    mixed = torch.cat([rows[..., :WIDTH], row(0)[None, :, :24]], -1)
+    registry.prepare(mixed)
+    assert registry.edit is None and len(warnings()) == 1
+
+
+# Warnings
+
+
+def test_a_batch_that_is_not_recognised_is_warned_of_once(registry, load, encode, warnings):
+    """Weighted prompts and other text encoders: the concept would be lost silently."""
+    load("my-cat")
+    weighted = torch.cat([encode("a <my-cat>") * 1.1, encode("a cat")])
+    for _ in range(3):
+        registry.prepare(weighted)
+        registry.configure(["my-cat"], "local")  # the edit is recomputed
+    (message,) = warnings()
+    assert "does not recognise 1 of 2 prompt embeddings" in message and "mark_perfusion" in message
+    registry.prepare(weighted.clone())
+    assert len(warnings()) == 1
+
+
+def test_no_warning_of_rows_that_are_recognised(registry, load, encode, warnings):
+    load("my-cat")
+    registry.register(row(0)[None], ["<my-cat>"])
+    for hidden_states in (
+        encode("a <my-cat>", "a cat", ""),
+        row(0)[None],
+        torch.zeros(2, LENGTH, WIDTH),
+    ):
+        registry.prepare(hidden_states)
+    registry.enable(False)
+    registry.prepare(row(1)[None])
+    assert not warnings()
+
+
+def test_both_warnings_of_one_batch_are_given(registry, load, encode, warnings):
+    load("my-cat")
+    load("my-dog", 1)
+    registry.configure(["my-dog"], "local")
+    hidden_states = torch.cat([encode("a <my-cat>"), row(0)[None]])
+    registry.prepare(hidden_states)
+    assert len(warnings()) == 2
+
+
+def test_a_token_that_is_not_active_is_warned_of_once(registry, load, encode, warnings):
+    load("my-cat")
+    load("my-dog", 1)
+    registry.configure(active=["my-dog"], locking="local")
+    hidden_states = encode("a <my-cat> on a <my-dog>")
+    for _ in range(2):
+        registry.prepare(hidden_states)
+        registry.configure(["my-dog"], "local")  # the edit is recomputed
+    (message,) = warnings()
+    assert message.startswith("<my-cat> in a prompt is not active")
+
+
+# What the edit holds
+
+
+def test_rows_without_a_token_have_zero_coef_and_gate(registry, load):
+    concept = load("my-cat")
+    hidden_states = torch.stack([row(0), row(1), row(2)])
+    registry.prepare(hidden_states, rows=[{}, {"<my-cat>": ()}, {}])
+    assert edited_rows(registry.edit) == [1]
+    coef, gate = expected_gates(row(1), concept)
+    assert torch.equal(registry.edit.coef[1], coef)
+    assert torch.equal(registry.edit.gate[1], gate)
+    assert registry.edit.gate[1].min() > 0
+    assert registry.edit.superclass_prompt is None
+
+
+def test_each_row_is_edited_by_its_own_concepts(registry, load):
+    """Two concepts in one row share a projection, which they must not with one in another row."""
+    cat, dog, bear = (load(name, seed, bias=0.5 + 0.1 * seed) for seed, name in enumerate(["cat", "dog", "bear"]))
+    held = [(cat, dog), (dog,), (), (bear,), (dog, bear), (dog,)]
+    hidden_states = torch.stack([row(n) for n in range(len(held))])
+    rows = [{concept.placeholder_token: () for concept in concepts} for concepts in held]
+    registry.prepare(hidden_states, rows=rows)
+    edit = registry.edit
+    assert edit.concepts == (bear, cat, dog)
+    for number, concepts in enumerate(held):
+        columns = [edit.concepts.index(concept) for concept in concepts]
+        others = [n for n in range(3) if n not in columns]
+        assert not edit.coef[number][:, others].any()
+        assert not edit.gate[number][:, others].any()
+        if concepts:
+            coef, gate = expected_gates(hidden_states[number], *concepts)
+            torch.testing.assert_close(edit.coef[number][:, columns], coef)
+            torch.testing.assert_close(edit.gate[number][:, columns], gate)
+    for n, concept in enumerate((bear, cat, dog)):
+        assert torch.equal(edit.target_input[n], concept.target_input)
+        assert torch.equal(edit.superclass_input[n], concept.superclass_input)
+
+
+def test_only_active_concepts_edit(registry, load):
+    cat, dog = load("cat", 0), load("dog", 1)
+    for active, concepts in ((["dog"], (dog,)), (["dog", "cat"], (cat, dog)), (["cat", "dog", "cat"], (cat, dog))):
+        registry.configure(active=active, locking="local")
+        registry.prepare(row(0)[None], rows=[{"<cat>": (), "<dog>": ()}])
+        assert registry.edit.concepts == concepts
+        torch.testing.assert_close(registry.edit.coef[0], expected_gates(row(0), *concepts)[0])
+
+
+def test_nearly_parallel_concepts_are_named(registry, load):
+    cat = load("cat", 0)
+    load("dog", 1)
+    load("other", 2, target_input=2 * cat.target_input, inverse_target_input=cat.inverse_target_input)
+    with pytest.raises(ValueError, match=r"'(cat|other)' and '(cat|other)' have nearly parallel .*cosine 1\.0"):
+        registry.prepare(row(0)[None], rows=[{"<dog>": (), "<other>": (), "<cat>": ()}])
+    assert registry.edit is None
+    # In one prompt; each in its own is fine.
+    registry.prepare(torch.stack([row(1), row(2)]), rows=[{"<other>": ()}, {"<cat>": ()}])
+    assert edited_rows(registry.edit) == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_concepts_and_hidden_states_are_edited_in_float32(registry, make_concept, dtype):
+    concept = make_concept("<my-cat>").to(dtype)
+    registry.add("my-cat", concept)
+    registry.prepare(row(0)[None].to(dtype), rows=[{"<my-cat>": ()}])
+    edit = registry.edit
+    assert (
+        edit.coef.dtype == edit.gate.dtype == edit.target_input.dtype == edit.superclass_input.dtype == torch.float32
+    )
+    coef, _ = expected_gates(row(0).to(dtype).float(), concept.to(torch.float32))
+    assert torch.equal(edit.coef[0], coef)
+
+
+def test_the_edit_is_in_what_the_layers_get(pixart_pipeline):
+    """PixArt projects hidden states before its layers."""
+    concept = random_concept(pixart_pipeline)
+    pixart_pipeline.load_perfusion(concept)
+    registry = registry_of(pixart_pipeline.transformer)
+    hidden_states = torch.randn(1, LENGTH, 20)
+    registry.prepare(hidden_states, rows=[{"<my-cat>": ()}])
+    projected = pixart_pipeline.transformer.caption_projection(hidden_states)
+    torch.testing.assert_close(registry.edit.coef, expected_gates(projected, concept)[0])
+
+
+# Once for all layers and steps
+
+
+def test_an_edit_is_computed_once_for_each_batch(registry, load, encode):
+    load("my-cat")
+    hidden_states = encode("a <my-cat>")
+    registry.prepare(hidden_states)
+    first = registry.edit
+    for _ in range(3):
+        registry.prepare(hidden_states)
+    assert registry.edit is first
+    assert registry.edit_for(torch.zeros(3), "a layer") is first
+    registry.prepare(hidden_states.clone())
+    assert registry.edit is not first
+
+
+def test_an_edit_is_recomputed_when_a_setting_changes(registry, load, encode):
+    load("my-cat")
+    hidden_states = encode("a <my-cat>")
+    registry.prepare(hidden_states)
+    before = registry.edit.gate
+    assert registry.edit.superclass_prompt is None
+    registry.loaded["my-cat"].bias = torch.tensor(0.1)
+    registry.configure(["my-cat"], "local")
+    registry.prepare(hidden_states)
+    assert (registry.edit.gate > before).all()
+    before = registry.edit.gate
+    registry.loaded["my-cat"].temperature = torch.tensor(1.0)
+    registry.configure(["my-cat"], "local")
+    registry.prepare(hidden_states)
+    assert not torch.isclose(registry.edit.gate, before).any()
+    registry.configure(["my-cat"], "global")
+    registry.prepare(hidden_states)
+    assert registry.edit.superclass_prompt is not None
+    registry.enable(False)
+    registry.prepare(hidden_states)
+    assert registry.edit is None
+
+
+def test_an_edit_is_recomputed_when_the_hidden_states_change_in_place(registry, load, encode):
+    """A callback may write into `prompt_embeds` between two steps."""
+    load("my-cat")
+    hidden_states = encode("a cat", "a <my-cat>")
+    registry.prepare(hidden_states)
+    assert edited_rows(registry.edit) == [1]
+    hidden_states[0] = hidden_states[1]
+    registry.prepare(hidden_states)
+    assert edited_rows(registry.edit) == [0, 1]
+    hidden_states.zero_()
+    registry.prepare(hidden_states)
+    assert registry.edit is None
+
+
+def test_hidden_states_of_inference_mode_are_edited_once(registry, load, encode):
+    load("my-cat")
+    with torch.inference_mode():
+        hidden_states = encode("a <my-cat>").clone()
+        registry.prepare(hidden_states)
+        first = registry.edit
+        registry.prepare(hidden_states)
+    assert edited_rows(first) == [0]
+    assert registry.edit is first
+
+
+def test_an_edit_of_hidden_states_that_are_gone_is_not_taken_for_others(registry, load, encode):
+    """A new batch may lie at the address of an old one."""
+    load("my-cat")
+    encoded, plain = encode("a <my-cat>", "a cat").split(1)
+    for _ in range(20):
+        hidden_states = encoded.clone()
+        registry.prepare(hidden_states)
+        assert registry.edit is not None
+        del hidden_states
+        hidden_states = plain.clone()
+        registry.prepare(hidden_states)
+        assert registry.edit is None
+
+
+def test_each_thread_has_the_edit_of_its_own_batch(registry, load, encode):
+    load("my-cat")
+    encoded, plain = encode("a <my-cat>", "a cat").split(1)
+    registry.prepare(encoded)
+    edit, elsewhere = registry.edit, []
+
+    def run():
+        elsewhere.append(registry.edit)  # as a backward pass, which computes layers again in a thread of its own
+        registry.prepare(plain)
+        elsewhere.append(registry.edit)
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    assert elsewhere == [edit, None]
+    assert registry.edit is edit
+
+
+# Global key-locking
+
+
+def test_global_key_locking_takes_the_superclass_prompt(registry, load, encode):
+    """Also of prompts that were encoded before the locking was chosen."""
+    plain = encode("a cat", "a dog on the beach", "on the teddy bear")
+    load("my-cat")
+    load("my-bear", 1, "teddy bear")
+    hidden_states = encode("a <my-cat>", "a dog on the beach", "on the <my-bear>")
+    registry.configure(["my-cat", "my-bear"], "global")
+    registry.prepare(hidden_states)
+    superclass_prompt = registry.edit.superclass_prompt
+    torch.testing.assert_close(superclass_prompt[0], plain[0])
+    assert torch.equal(superclass_prompt[1], hidden_states[1])
+    torch.testing.assert_close(superclass_prompt[2, :4], plain[2, [0, 1, 2, 4]])
+    registry.prepare(hidden_states.half())
+    assert torch.equal(registry.edit.superclass_prompt, superclass_prompt.half())
+    registry.configure(["my-cat"], "global")
+    registry.prepare(hidden_states)
+    assert torch.equal(registry.edit.superclass_prompt[2], hidden_states[2])
+
+
+def test_global_key_locking_of_several_text_encoders(xl_pipeline):
+    """A prompt may be for one of them alone."""
+
+    def encode(*prompts):
+        return xl_pipeline.encode_prompt(*prompts, do_classifier_free_guidance=False)[0]
+
+    expected = torch.cat([encode("a cat on the beach"), encode("a cat", "a dog")])
+    xl_pipeline.load_perfusion(random_concept(xl_pipeline))
+    xl_pipeline.set_perfusion(locking="global")
+    registry = registry_of(xl_pipeline.unet)
+    registry.prepare(torch.cat([encode("a <my-cat> on the beach"), encode("a <my-cat>", "a dog")]))
+    torch.testing.assert_close(registry.edit.superclass_prompt, expected)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_global_key_locking_needs_a_prompt(registry, load, given):
+    load("my-cat")
+    registry.configure(["my-cat"], "global")
+    registry.register(row(0)[None], ["<my-cat>"])
+    with pytest.raises(ValueError, match=r"global key-locking needs the super-class prompt.*locking='local'"):
+        registry.prepare(row(0)[None], rows=[{"<my-cat>": ()}] if given else None)
+    registry.configure(["my-cat"], "local")
+    registry.prepare(row(0)[None])
+    assert registry.edit is not None
+
+
+# Text encoders
+
+
+def test_a_concept_is_known_to_all_text_encoders_or_none(xl_pipeline):
+    family, concept = family_of(xl_pipeline), random_concept(xl_pipeline)
+    sizes = [len(tokenizer) for tokenizer in family.tokenizers]
+    registry = ConceptRegistry(family)
+    registry.connect(family)
+    registry.add("my-cat", concept)
+    assert [len(tokenizer) for tokenizer in family.tokenizers] == [size + 1 for size in sizes]
+    family.tokenizers[1].add_tokens(["<other>"])
+    for change in (
+        lambda: registry.remove("my-cat"),
+        lambda: registry.add("my-dog", random_concept(xl_pipeline, "<my-dog>", "dog")),
+        lambda: registry.enable(False),
+    ):
+        with pytest.raises(ValueError, match="the tokens <other> were added"):
+            change()
+        for tokenizer in family.tokenizers:
+            assert len(tokenizer("<my-cat>", add_special_tokens=False).input_ids) == 1
+            assert len(tokenizer.tokenize("<my-dog>")) > 1
+        assert registry.enabled and list(registry.loaded) == registry.active == ["my-cat"]
+
+
+def test_a_concept_of_another_number_of_text_encoders_is_refused(xl_pipeline, make_concept):
+    family = family_of(xl_pipeline)
+    registry = ConceptRegistry(family)
+    registry.connect(family)
+    with pytest.raises(ValueError, match="has 1 token embeddings, but this pipeline has 2 text encoders"):
+        registry.add("my-cat", make_concept())
+    assert registry.loaded == {} and registry.active == []
+    assert [PlaceholderTokens.existing(text_encoder) for text_encoder in family.text_encoders] == [None, None]
+
+
+def test_removing_the_last_concept_leaves_the_text_encoder_as_it_was(registry, load, family):
+    size = len(family.tokenizers[0])
+    load("my-cat")
+    load("my-dog", 1)
+    registry.remove("my-cat")
+    assert list(registry.loaded) == registry.active == ["my-dog"]
+    registry.remove("my-dog")
+    assert len(family.tokenizers[0]) == size
+    assert PlaceholderTokens.existing(family.text_encoders[0]) is None
+
+
+def test_nothing_is_tracked_while_paused(registry, load, encode, warnings):
+    load("my-cat")
+    with registry.paused_tracking():
+        hidden_states = encode("a <my-cat>")
+    registry.prepare(hidden_states)
+    assert registry.edit is None and warnings()
+
+
+def test_a_freed_registry_leaves_the_tokenizer(family, make_concept):
+    (tokenizer,) = family.tokenizers
+    size, registry = len(tokenizer), ConceptRegistry(family)
+    registry.connect(family)
+    registry.add("my-cat", make_concept())
+    assert len(tokenizer) == size + 1
+    del registry
+    gc.collect()
+    assert len(tokenizer) == size
+
+
+def test_a_copy_shares_the_text_encoders_and_not_the_concepts(registry, load, family, encode):
+    load("my-cat")
+    hidden_states = encode("a <my-cat>")
+    size = len(family.tokenizers[0])
+    copied = copy.deepcopy(registry)
+    assert len(family.tokenizers[0]) == size
+    copied.prepare(hidden_states)
+    assert edited_rows(copied.edit) == [0]
+    assert copied.loaded["my-cat"].concept is not registry.loaded["my-cat"].concept
+    registry.remove("my-cat")
+    assert list(copied.loaded) == ["my-cat"]
+    assert len(family.tokenizers[0]) == size
+    copied.remove("my-cat")
+    assert len(family.tokenizers[0]) == size - 1

@@ -1,0 +1,584 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import LENGTH, WIDTH, make_unet
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_validation import Album
+
+from diffusers_perfusion import PerfusionConcept, add_perfusion
+from diffusers_perfusion.model_families import cross_attention_layers, family_of
+from diffusers_perfusion.registry import registry_of
+from diffusers_perfusion.training import TrainingConfig, train, training_loop, validation
+from diffusers_perfusion.training.superclass import superclass_embeddings
+from diffusers_perfusion.training.trainer import PerfusionTrainer
+
+CLI = ("-m", "diffusers_perfusion.cli", "train")
+
+
+@pytest.fixture
+def run(pipeline, training_settings, tmp_path):
+    """Train on the tiny pipeline with some settings changed, and return the concept file."""
+
+    def run_training(accelerator=None, **settings):
+        config = TrainingConfig(**training_settings | settings)
+        train(pipeline, config, accelerator)
+        return Path(config.output_dir) / "perfusion.safetensors"
+
+    return run_training
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """A list that gets the loss of each step."""
+    found, step = [], PerfusionTrainer.step
+
+    def recording(self, index):
+        loss = step(self, index)
+        found.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(PerfusionTrainer, "step", recording)
+    return found
+
+
+@pytest.fixture
+def no_long_work(monkeypatch):
+    """Fail a test that comes as far as the covariance."""
+    monkeypatch.setattr("diffusers_perfusion.training.covariance.second_moment", None)
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in Path(folder).glob("*checkpoint-*"))
+
+
+def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
+    plain = generate(["a <my-cat> on the beach", "a cat on the beach"])
+    path = run(max_train_steps=6, train_bias=0.8)
+    pipeline.load_perfusion(path)
+    trained = generate(["a <my-cat> on the beach", "a cat on the beach"])
+    assert torch.equal(trained[1], plain[1])
+    assert not torch.allclose(trained[0], plain[1], atol=1e-2)  # at the start it would be as the super-class
+    concept = PerfusionConcept.load(path)
+    assert (concept.placeholder_token, concept.superclass, concept.base_model) == ("<my-cat>", "cat", "tiny")
+    facts = {"steps": 6, "images": 3, "mask": "none", "resolution": 16, "seed": 0, "train_bias": 0.8}
+    assert facts.items() <= concept.training.items()
+
+
+@pytest.mark.parametrize("name", ["xl_pipeline", "pixart_pipeline", "sana_pipeline"])
+def test_training_of_other_families(request, name, training_settings, generate):
+    pipe = request.getfixturevalue(name)
+    if name != "xl_pipeline":
+        generate = partial(generate, use_resolution_binning=False, clean_caption=False, max_sequence_length=LENGTH)
+    if name == "sana_pipeline":
+        generate = partial(generate, height=32, width=32)
+    for model in pipe.components.values():
+        if isinstance(model, torch.nn.Module):
+            model.requires_grad_(False)  # as training leaves it; torch multiplies otherwise, in the last bits
+    prompts = ["a <my-cat> on the beach", "a cat on the beach"]
+    plain = generate(prompts, pipe)
+    config = TrainingConfig(
+        **training_settings | {"mask": "attention", "max_train_steps": 6, "checkpointing_steps": 3}
+    )
+    train(pipe, config)
+    path = Path(config.output_dir) / "perfusion.safetensors"
+    concept = PerfusionConcept.load(path)
+    starts = superclass_embeddings(family_of(pipe), "cat")
+    for embedding, start in zip(concept.token_embeddings, starts, strict=True):
+        assert (embedding - start).abs().max() > 1e-3
+    add_perfusion(pipe).load_perfusion(path)
+    trained = generate(prompts, pipe)
+    assert torch.equal(trained[1], plain[1])
+    assert not torch.allclose(trained[0], plain[1], atol=1e-3)
+    pipe.unload_perfusion()
+    written = path.read_bytes()
+    path.unlink()
+    train(pipe, replace(config, resume_from_checkpoint="checkpoint-3"))
+    assert path.read_bytes() == written
+
+
+def test_training_with_two_text_encoders_starts_at_embeddings_of_textual_inversion(
+    xl_pipeline, training_settings, tmp_path
+):
+    vectors = {"clip_g": torch.ones(24), "clip_l": torch.zeros(WIDTH)}
+    save_file(vectors, tmp_path / "learned_embeds.safetensors")
+    settings = {"initial_embedding": str(tmp_path / "learned_embeds.safetensors"), "embedding_learning_rate": 0.0}
+    concept = train(xl_pipeline, TrainingConfig(**training_settings | settings))
+    assert torch.equal(concept.token_embeddings[0], vectors["clip_l"])
+    assert torch.equal(concept.token_embeddings[1], vectors["clip_g"])
+
+
+def test_training_returns_the_written_concept(pipeline, training_settings):
+    concept = train(pipeline, TrainingConfig(**training_settings))
+    written = PerfusionConcept.load(Path(training_settings["output_dir"]) / "perfusion.safetensors")
+    assert concept.training == written.training
+    torch.testing.assert_close(concept.target_input, written.target_input.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(concept.token_embeddings[0], written.token_embeddings[0].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_superclass_input_is_not_trained(run, pipeline):
+    concept = PerfusionConcept.load(run())
+    assert not torch.allclose(concept.superclass_input, concept.target_input, atol=1e-3)
+    layers = cross_attention_layers(pipeline.unet)
+    assert concept.target_outputs.keys() == layers.keys()
+    for name, layer in layers.items():
+        start = layer.to_v(concept.superclass_input.float())
+        assert (concept.target_outputs[name] - start).abs().max() > 0.01
+
+
+def test_the_seed_decides_every_byte(run):
+    first = run().read_bytes()
+    assert run().read_bytes() == first
+    assert run(seed=1).read_bytes() != first
+
+
+def test_nothing_of_the_machine_is_in_the_file(run, tmp_path, pipeline, model_folder):
+    data = run(pretrained_model_name_or_path=str(model_folder), mask="attention").read_bytes()
+    for trace in (str(tmp_path), str(Path.home()) + "/", os.uname().nodename):
+        assert trace.encode() not in data
+    assert b'\\"base_model\\": \\"tiny\\"' in data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"superclass": "teddy bear"},
+        {"snr_gamma": 5.0},
+        {"random_flip": False},
+        {"center_crop": True},
+        {"mask": "attention"},
+        {"train_bias": 0.6},
+        {"train_temperature": 0.2},
+        {"lr_warmup_steps": 3},
+        {"lr_scheduler": "cosine"},
+        {"learning_rate": 0.01},
+        {"scale_lr": True},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_setting_counts(run, settings):
+    plain = load_file(run(max_train_steps=2))
+    other = load_file(run(max_train_steps=2, **settings))
+    assert not torch.equal(other["token_embeddings.0"], plain["token_embeddings.0"])
+
+
+def test_the_default_resolution_is_the_base_model_s(run):
+    assert PerfusionConcept.load(run()).training["resolution"] == 16
+    assert PerfusionConcept.load(run(resolution=12)).training["resolution"] == 12
+
+
+def test_gradient_checkpointing_is_on_during_training_only(run, pipeline, monkeypatch):
+    plain = load_file(run())
+    step, seen = PerfusionTrainer.step, []
+
+    def watching(self, index):
+        seen.append(self.pipeline.unet.is_gradient_checkpointing)
+        return step(self, index)
+
+    monkeypatch.setattr(PerfusionTrainer, "step", watching)
+    saving = load_file(run(gradient_checkpointing=True))
+    assert seen == [True] * 4
+    assert not pipeline.unet.is_gradient_checkpointing
+    for name, tensor in plain.items():
+        torch.testing.assert_close(saving[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_mixed_precision_is_near_full_precision(run, pipeline, losses, tmp_path):
+    run(mixed_precision="no")
+    full = losses.copy()
+    losses.clear()
+    Accelerator().state._reset_state(reset_partial_state=True)
+    dtypes = []
+    pipeline.unet.register_forward_hook(lambda unet, _, output: dtypes.extend([unet.dtype, output.sample.dtype]))
+    path = run(mixed_precision="bf16", output_dir=str(tmp_path / "half"))
+    assert set(dtypes) == {torch.bfloat16}
+    assert losses == pytest.approx(full, rel=0.02)
+    assert losses != full
+    assert torch.isfinite(load_file(path)["token_embeddings.0"]).all()
+
+
+# Stopped and resumed
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_to_resume_from(run, stop, training_settings, caplog, tmp_path):
+    stop(5, KeyboardInterrupt())
+    settings = {"max_train_steps": 7, "checkpointing_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings)
+    assert "stopped at step 5" in caplog.text
+    assert "checkpoint-4 with --resume_from_checkpoint latest" in caplog.text
+    output = Path(training_settings["output_dir"])
+    assert checkpoints(output) == ["checkpoint-2", "checkpoint-4"]
+    assert not (output / "perfusion.safetensors").exists()
+    assert PerfusionConcept.load(output / "checkpoint-4" / "perfusion.safetensors").training["steps"] == 4
+
+    resumed = run(**settings, resume_from_checkpoint="latest").read_bytes()
+    unbroken = run(**settings, output_dir=str(tmp_path / "unbroken"))
+    assert resumed == unbroken.read_bytes()
+    # A checkpoint holds the concept of a training that ends there.
+    four = (output / "checkpoint-4" / "perfusion.safetensors").read_bytes()
+    assert run(max_train_steps=4, output_dir=str(tmp_path / "short")).read_bytes() == four
+
+
+def test_ctrl_c_before_the_first_checkpoint(run, stop, caplog):
+    stop(1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert "stopped at step 1. It has no checkpoint yet." in caplog.text
+
+
+def test_ctrl_c_does_not_name_the_checkpoint_of_another_training(run, stop, caplog):
+    run(checkpointing_steps=2)
+    stop(1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(seed=1)
+    assert "stopped at step 1. It has no checkpoint yet." in caplog.text
+
+
+def flags(settings):
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def test_a_killed_training_resumes_to_the_same_bytes(run, training_settings, model_folder, environment, tmp_path):
+    settings = training_settings | {"pretrained_model_name_or_path": str(model_folder), "checkpointing_steps": 1}
+    output = Path(settings["output_dir"])
+    command = [sys.executable, *CLI, *flags(settings | {"max_train_steps": 100_000})]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, env=environment, stderr=log) as process:
+        while process.poll() is None and not (output / "checkpoint-3").is_dir():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (output / "perfusion.safetensors").exists()
+
+    steps = len(list(output.glob("checkpoint-*"))) + 1
+    settings["max_train_steps"] = steps
+    resumed = run(**settings, resume_from_checkpoint="latest")
+    assert (output / f"checkpoint-{steps}").is_dir()
+    assert PerfusionConcept.load(resumed).training["steps"] == steps
+    assert resumed.read_bytes() == run(**settings | {"output_dir": str(tmp_path / "unbroken")}).read_bytes()
+
+
+def test_training_resumes_only_under_its_own_recipe(run, monkeypatch, tmp_path):
+    run(checkpointing_steps=2)
+    monkeypatch.setattr("diffusers_perfusion.training.covariance.HF_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("diffusers_perfusion.training.covariance.second_moment", None)
+    with pytest.raises(ValueError, match=r"checkpoint-4 was written with seed 0, and this training has 1"):
+        run(resume_from_checkpoint="latest", seed=1)
+    with pytest.raises(ValueError, match=r"superclass 'cat', and this training has 'dog'"):
+        run(resume_from_checkpoint="checkpoint-2", superclass="dog")
+
+
+def test_training_resumes_only_with_its_own_number_of_processes_and_steps(run, monkeypatch):
+    run(lr_scheduler="linear", checkpointing_steps=2)
+    with pytest.raises(ValueError, match="written with max_train_steps 4, and this training has 6"):
+        run(lr_scheduler="linear", max_train_steps=6, resume_from_checkpoint="latest")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match="written with num_processes 1, and this training has 2"):
+        run(lr_scheduler="linear", resume_from_checkpoint="latest")
+
+
+def test_a_pipeline_with_concepts_is_refused(pipeline, training_settings, make_concept):
+    pipeline.load_perfusion(make_concept())
+    with pytest.raises(ValueError, match="unload_perfusion"):
+        train(pipeline, TrainingConfig(**training_settings))
+    assert pipeline.list_perfusion() == ["my-cat"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before(run, monkeypatch, training_settings):
+    save = PerfusionConcept.save
+
+    def full(self, path, *args):
+        if self.training["steps"] == 4:
+            raise OSError("disk full")
+        return save(self, path, *args)
+
+    monkeypatch.setattr(PerfusionConcept, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        run(checkpointing_steps=2)
+    assert checkpoints(training_settings["output_dir"]) == ["checkpoint-2"]
+
+
+def test_old_checkpoints_are_deleted(run, training_settings):
+    run(max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
+    assert checkpoints(training_settings["output_dir"]) == ["checkpoint-4", "checkpoint-6"]
+
+
+# Validation and trackers
+
+
+def test_validation_does_not_change_the_training(run, training_settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    plain = run().read_bytes()
+    output = tmp_path / "validated"
+    prompts = ["a photo of a <my-cat>"]
+    path = run(validation_prompt=prompts, validation_steps=2, num_validation_images=2, output_dir=str(output))
+    assert path.read_bytes() == plain
+    assert sorted(file.name for file in (output / "validation").iterdir()) == ["step-000002.png", "step-000004.png"]
+    sheets = [np.asarray(Image.open(output / "validation" / f"step-00000{step}.png")) for step in (2, 4)]
+    assert sheets[0].shape == (16, 32, 3)
+    assert not np.array_equal(*sheets)
+
+
+def test_loss_weights_that_a_flow_does_not_have_are_refused_before_long_work(
+    sana_pipeline, training_settings, no_long_work
+):
+    with pytest.raises(ValueError, match=r"snr_gamma is 5.0, but this model predicts a flow"):
+        train(sana_pipeline, TrainingConfig(**training_settings | {"snr_gamma": 5.0}))
+
+
+def test_trackers_get_losses_and_images(run, monkeypatch, losses):
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    album = Album()
+    prompts = ["a photo of a <my-cat>"]
+    run(Accelerator(log_with=album), validation_prompt=prompts, validation_steps=2, num_validation_images=1)
+    assert album.numbers == [(step, {"loss": loss}) for step, loss in enumerate(losses, start=1)]
+    assert [(step, list(values)) for step, values, _ in album.images] == [(2, prompts), (4, prompts)]
+
+
+def test_a_loss_that_is_not_finite_is_an_error_before_a_checkpoint(run, monkeypatch, training_settings):
+    step = PerfusionTrainer.step
+    monkeypatch.setattr(PerfusionTrainer, "step", lambda self, index: step(self, index) / (index != 2))
+    with pytest.raises(RuntimeError, match="the loss of step 3 is inf; lower the learning rates"):
+        run(max_train_steps=8, checkpointing_steps=2)
+    assert [path.name for path in Path(training_settings["output_dir"]).glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_loss_that_is_not_finite_is_an_error_before_validation(run, monkeypatch):
+    monkeypatch.setattr(PerfusionTrainer, "step", lambda self, index: torch.tensor(float("nan")))
+    monkeypatch.setattr(training_loop, "validate", None)  # not to be called
+    with pytest.raises(RuntimeError, match="the loss of step 1 is nan"):
+        run(max_train_steps=8, validation_prompt=["a <my-cat>"], validation_steps=2)
+
+
+def test_losses_of_a_stopped_training_are_logged(run, monkeypatch, stop):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(step))
+    stop(3, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(max_train_steps=8)
+    assert logged == [1, 2, 3]
+
+
+def test_the_vae_sees_each_image_once(run, pipeline):
+    seen = []
+    pipeline.vae.encoder.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    run(max_train_steps=5)
+    assert seen == [1] * 6  # three images, and those mirrored
+
+
+def test_losses_are_read_several_at_once(run, monkeypatch):
+    events, step = [], PerfusionTrainer.step
+    monkeypatch.setattr(training_loop, "READ_STEPS", 3)
+    monkeypatch.setattr(PerfusionTrainer, "step", lambda self, index: events.append("step") or step(self, index))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: events.append(step))
+    run(max_train_steps=8, checkpointing_steps=7)
+    three = ["step"] * 3
+    assert events == [*three, 1, 2, 3, *three, 4, 5, 6, "step", 7, "step", 8]
+
+
+# The process and the pipeline afterwards
+
+
+@pytest.fixture
+def tf32():
+    """Set whether the process allows TF32, until the end of the test."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    yield lambda allowed: setattr(matmul, "allow_tf32", allowed)
+    matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_allowed_during_training_only(run, monkeypatch, tf32, before, allowed):
+    tf32(before)
+    step, seen = PerfusionTrainer.step, []
+
+    def watching(self, index):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return step(self, index)
+
+    monkeypatch.setattr(PerfusionTrainer, "step", watching)
+    run(allow_tf32=allowed, max_train_steps=1)
+    assert seen == [allowed or before]
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_only_an_accelerator_of_its_own_is_ended(run, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append(self))
+    environment = dict(os.environ)
+    given = Accelerator()
+    run(given, max_train_steps=1)
+    assert ended == []
+    run(max_train_steps=1)
+    assert len(ended) == 1 and ended[0] is not given
+    assert dict(os.environ) == environment
+
+
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("out of memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+)
+def test_the_pipeline_is_left_as_it_was(run, stop, pipeline, generate, error):
+    prompts = ["a <my-cat> on the beach", "a cat"]
+    before = generate(prompts)
+    weights = {
+        (name, key): tensor.clone()
+        for name in ("unet", "vae", "text_encoder")
+        for key, tensor in getattr(pipeline, name).state_dict().items()
+    }
+    processors = dict(pipeline.unet.attn_processors)
+    length, ids = len(pipeline.tokenizer), pipeline.tokenizer("a <my-cat>").input_ids
+    if error is None:
+        run()
+    else:
+        stop(2, error)
+        with pytest.raises(type(error)):
+            run()
+    assert pipeline.list_perfusion() == []
+    assert registry_of(pipeline.unet) is None
+    assert {name: id(p) for name, p in pipeline.unet.attn_processors.items()} == {
+        name: id(p) for name, p in processors.items()
+    }
+    assert (len(pipeline.tokenizer), pipeline.tokenizer("a <my-cat>").input_ids) == (length, ids)
+    assert not pipeline.text_encoder._forward_hooks
+    assert not pipeline.text_encoder.get_input_embeddings()._forward_hooks
+    assert not pipeline.unet._forward_pre_hooks
+    for (name, key), tensor in weights.items():
+        assert torch.equal(getattr(pipeline, name).state_dict()[key], tensor)
+    for name in ("unet", "vae", "text_encoder"):
+        assert all(parameter.grad is None for parameter in getattr(pipeline, name).parameters())
+    assert torch.equal(generate(prompts), before)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"instance_data_dir": "nowhere"}, ValueError, "nowhere is not a folder"),
+        ({"instance_data_dir": "{tmp_path}"}, ValueError, "has no image"),
+        ({"superclass": "<|endoftext|>"}, ValueError, "does not know the super"),
+        ({"superclass": "cat " * 30}, ValueError, "30 tokens long; expected at most 12"),
+        ({"placeholder_token": "cat"}, ValueError, "'cat' is already a "),
+        ({"placeholder_token": "my cat"}, ValueError, "one token without spaces"),
+        ({"placeholder_token": ""}, ValueError, "one token"),
+        ({"train_bias": 3.0}, ValueError, "bias is 3.0"),
+        ({"train_temperature": 0.0}, ValueError, "temperature is 0.0"),
+        ({"resolution": 17}, ValueError, "resolution is 17; the base model takes multiples of 2"),
+        ({"lr_scheduler": "zigzag"}, ValueError, "lr_scheduler is 'zigzag'"),
+        ({"mask": "alpha"}, ValueError, "has no alpha channel"),
+        ({"mask": "{tmp_path}"}, ValueError, "has no mask for 1.png"),
+        ({"initial_embedding": "nowhere.bin"}, FileNotFoundError, "no Textual Inversion file nowhere.bin"),
+        ({"covariance": "nowhere.txt"}, ValueError, "nowhere.txt is not a file"),
+        ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no checkpoint 'latest'"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, FileNotFoundError, "no checkpoint 'checkpoint-7'"),
+        ({"output_dir": "{tmp_path}/captions.txt"}, OSError, "captions.txt"),
+    ],
+)
+def test_bad_settings_are_told_before_any_long_work(run, no_long_work, pipeline, tmp_path, settings, error, message):
+    filled = {k: v.replace("{tmp_path}", str(tmp_path)) if isinstance(v, str) else v for k, v in settings.items()}
+    (tmp_path / "captions.txt").touch()
+    with pytest.raises(error, match=message):
+        run(**filled)
+    assert registry_of(pipeline.unet) is None
+
+
+def test_an_image_smaller_than_a_latent(run, no_long_work, images_folder):
+    Image.new("RGB", (9, 1)).save(images_folder / "thin.png")
+    with pytest.raises(ValueError, match=r"thin\.png is 9×1 pixels; expected at least 2"):
+        run()
+
+
+def test_a_covariance_of_another_text_encoder(run, no_long_work, tmp_path):
+    np.save(tmp_path / "c.npy", np.eye(7))
+    with pytest.raises(ValueError, match=r"width 7, but the text encoder has width 32"):
+        run(covariance=str(tmp_path / "c.npy"))
+
+
+def test_models_that_cannot_take_a_concept(training_settings, components, no_long_work):
+    blind = components | {"unet": make_unet(cross_attention_dim=2 * WIDTH)}
+    with pytest.raises(ValueError, match=r"takes hidden states of width 64, but .* give width 32"):
+        train(StableDiffusionPipeline(**blind), TrainingConfig(**training_settings))
+    pipeline = StableDiffusionPipeline(**components)
+    for layer in cross_attention_layers(pipeline.unet).values():
+        layer.is_cross_attention = False
+    with pytest.raises(ValueError, match="has no cross-attention layer from text"):
+        train(pipeline, TrainingConfig(**training_settings))
+    pipeline.unet = None
+    with pytest.raises(ValueError, match="cannot edit StableDiffusionPipeline, whose model is NoneType"):
+        train(pipeline, TrainingConfig(**training_settings))
+
+
+# C
+
+
+def test_covariance_files_and_captions_of_the_base_model(run, tmp_path, model_folder, monkeypatch):
+    with_captions = run().read_bytes()
+    np.save(tmp_path / "c.npy", np.eye(WIDTH))
+    assert run(covariance=str(tmp_path / "c.npy")).read_bytes() != with_captions
+
+    (model_folder / "captions.txt").write_text((tmp_path / "captions.txt").read_text())
+    monkeypatch.setattr("diffusers_perfusion.training.covariance.generate_captions", None)
+    base = {"pretrained_model_name_or_path": str(model_folder), "covariance": None}
+    assert run(**base).read_bytes() == with_captions
+    (model_folder / "captions.txt").unlink()
+    monkeypatch.setattr(
+        "diffusers_perfusion.training.covariance.generate_captions", lambda: iter(["a dog", "the cat"])
+    )
+    assert run(**base).read_bytes() != with_captions
+
+
+# Several processes
+
+
+def test_only_the_main_process_writes(pipeline, training_settings, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    often = {"checkpointing_steps": 2, "validation_steps": 2, "validation_prompt": ["a <my-cat>"]}
+    assert train(pipeline, TrainingConfig(**training_settings | often)).training["steps"] == 4
+    assert not Path(training_settings["output_dir"]).exists()
+
+
+def test_two_processes_are_one_with_twice_the_batch(run, training_settings, model_folder, environment, tmp_path):
+    # The inverse of a covariance of four captions would magnify differences in the last digit.
+    np.save(tmp_path / "c.npy", np.diag(np.linspace(1, 2, WIDTH)))
+    settings = training_settings | {
+        "pretrained_model_name_or_path": str(model_folder),
+        "covariance": str(tmp_path / "c.npy"),
+        "mask": "attention",
+        "checkpointing_steps": 2,
+    }
+    alone = run(**settings | {"train_batch_size": 8}).parent
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    command = [sys.executable, *launch.split(), "--mixed_precision=no", "--dynamo_backend=no", *CLI]
+    together = tmp_path / "together"
+    done = subprocess.run(
+        [*command, *flags(settings | {"output_dir": str(together)})], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("perfusion.safetensors") == 1  # one process speaks
+    assert checkpoints(together) == checkpoints(alone) == ["checkpoint-2", "checkpoint-4"]
+    for name in (
+        "checkpoint-2/training_state.safetensors",
+        "checkpoint-4/training_state.safetensors",
+        "perfusion.safetensors",
+    ):
+        expected, found = load_file(alone / name), load_file(together / name)
+        assert found.keys() == expected.keys()
+        # Gradients are summed in another order, and the last file is in float16.
+        near = {"rtol": 1e-3, "atol": 1e-3 if name == "perfusion.safetensors" else 1e-4}
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key].float(), tensor.float(), **near)
