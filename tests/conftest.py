@@ -11,9 +11,13 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLWan,
     AutoencoderTiny,
+    Cosmos2TextToImagePipeline,
+    CosmosTransformer3DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
     StableDiffusionPipeline,
@@ -52,6 +56,7 @@ from diffusers_perfusion import (
     PerfusionPixArtSigmaPipeline,
     PerfusionSanaPipeline,
     PerfusionXLPipeline,
+    add_perfusion,
 )
 from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.registry import ConceptRegistry
@@ -125,6 +130,19 @@ def tokenizer_folder(tmp_path_factory):
         json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "pad_token": "<|endoftext|>"})
     )
     return folder
+
+
+class NoSafetyChecker:
+    """Stands in for Cosmos's, which is a package of its own, and lets everything pass."""
+
+    def to(self, *args):
+        return self
+
+    def check_text_safety(self, prompt):
+        return True
+
+    def check_video_safety(self, frames):
+        return frames
 
 
 def make_unet(seed=0, cross_attention_dim=WIDTH, channels=(16, 32), **settings):
@@ -393,6 +411,56 @@ def sana_components(gemma_tokenizer_folder):
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
     }
+
+
+@pytest.fixture
+def cosmos_components(t5_tokenizer_folder):
+    """Parts of a Cosmos pipeline: text of width 20, which its layers get as it is; 16×16 images."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(t5_tokenizer_folder)
+    torch.manual_seed(0)
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=20, d_ff=40, d_kv=5, num_heads=4, num_layers=2)
+    ).eval()
+    transformer = CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=20,
+        adaln_lora_dim=4,
+        max_size=(4, 16, 16),
+        patch_size=(1, 2, 2),
+        extra_pos_embed_type=None,
+        concat_padding_mask=False,  # it takes torchvision
+    ).eval()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 2.0, 1.0],
+    ).eval()
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        "safety_checker": NoSafetyChecker(),
+    }
+
+
+@pytest.fixture
+def cosmos_pipeline(cosmos_components):
+    """A tiny Cosmos pipeline that loads concepts."""
+    pipeline = add_perfusion(Cosmos2TextToImagePipeline(**cosmos_components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForText2Image,
     ControlNetModel,
+    Cosmos2TextToImagePipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     LCMScheduler,
@@ -78,6 +79,8 @@ def mask():
 PIXART = {"use_resolution_binning": False, "max_sequence_length": LENGTH, "clean_caption": False}
 
 SANA = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": LENGTH}
+
+COSMOS = {"height": 16, "width": 16, "max_sequence_length": LENGTH, "negative_prompt": ["", ""]}
 
 # By family, what makes a pipeline of components, and what it is called with.
 PIPELINES = {
@@ -182,12 +185,20 @@ PIPELINES = {
         ),
         "without guidance": (lambda parts: SanaPipeline(**parts), lambda: SANA | {"guidance_scale": 1.0}),
     },
+    "Cosmos": {
+        "text to image": (lambda parts: Cosmos2TextToImagePipeline(**parts), lambda: COSMOS),
+        "without guidance": (
+            lambda parts: Cosmos2TextToImagePipeline(**parts),
+            lambda: COSMOS | {"guidance_scale": 1.0},
+        ),
+    },
 }
 COMPONENTS = {
     "Stable Diffusion": "components",
     "Stable Diffusion XL": "xl_components",
     "PixArt": "pixart_components",
     "Sana": "sana_components",
+    "Cosmos": "cosmos_components",
 }
 
 
@@ -352,6 +363,7 @@ BESIDE = {
     "Stable Diffusion XL": tuple(FEATURES),
     "PixArt": TRANSFORMERS,
     "Sana": ("LoRA", *TRANSFORMERS),
+    "Cosmos": TRANSFORMERS,
 }
 
 

@@ -6,6 +6,7 @@ A new family is a subclass of `ModelFamily` in a file of its own, imported below
 from typing import Any
 
 from .base import ModelFamily, PromptEncoding, cross_attention_layers, edited_model
+from .cosmos import Cosmos
 from .pixart import PixArt
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
@@ -14,7 +15,7 @@ from .stable_diffusion_xl import StableDiffusionXL
 __all__ = ["FAMILIES", "ModelFamily", "PromptEncoding", "cross_attention_layers", "edited_model", "family_of"]
 
 # A pipeline belongs to the first family whose model class and text encoders it has.
-FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana)
+FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana, Cosmos)
 
 
 def family_of(pipeline: Any) -> ModelFamily:

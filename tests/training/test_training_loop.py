@@ -76,10 +76,14 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
     assert facts.items() <= concept.training.items()
 
 
-@pytest.mark.parametrize("name", ["xl_pipeline", "pixart_pipeline", "sana_pipeline"])
+@pytest.mark.parametrize("name", ["xl_pipeline", "pixart_pipeline", "sana_pipeline", "cosmos_pipeline"])
 def test_training_of_other_families(request, name, training_settings, generate):
     pipe = request.getfixturevalue(name)
-    if name != "xl_pipeline":
+    if name == "cosmos_pipeline":
+        arguments = {"negative_prompt": ["", ""], "max_sequence_length": LENGTH, "height": 16, "width": 16}
+        generate = partial(generate, **arguments)
+        training_settings = training_settings | {"resolution": 16}
+    elif name != "xl_pipeline":
         generate = partial(generate, use_resolution_binning=False, clean_caption=False, max_sequence_length=LENGTH)
     if name == "sana_pipeline":
         generate = partial(generate, height=32, width=32)

@@ -1,0 +1,57 @@
+"""Cosmos-Predict2 text to image: a video transformer for one frame, T5 with padding set to zero, and a video VAE."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import ModelFamily, PromptEncoding
+
+
+class Cosmos(ModelFamily):
+    """Transformers with cross-attention from T5, which predict a flow at timesteps from 0 to 1."""
+
+    name = "Cosmos"
+    model_classes = ("CosmosTransformer3DModel",)
+    passes_attention_mask = True
+    max_sequence_length = 512
+
+    def __init__(self, pipeline: Any):
+        super().__init__(pipeline)
+        self.vae_scale_factor = pipeline.vae_scale_factor_spatial
+        self._num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+
+    @property
+    def default_resolution(self) -> int:
+        """The shorter side of the pipeline's default images, in pixels."""
+        return 768
+
+    @classmethod
+    def hidden_states(cls, output: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the last hidden states with zeros for padding, which the model sees."""
+        hidden_states = output[0]
+        if attention_mask is None:
+            return hidden_states
+        return hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
+
+    @torch.no_grad()
+    def encode_latents(self, vae: Any, images: Tensor) -> Tensor:
+        """Return normalized latents of images as videos of one frame, `(N, channels, h, w)`."""
+        videos = (images * 2 - 1).to(next(vae.parameters())).unsqueeze(2)
+        latents = vae.encode(videos).latent_dist.mode()[:, :, 0].float()
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return (latents - mean) / std
+
+    def predict(
+        self, model: Any, noisy: Tensor, timesteps: Tensor, encoding: PromptEncoding, resolution: int
+    ) -> Tensor:
+        """Return the flow that the model predicts for one frame."""
+        return model(
+            noisy.unsqueeze(2),
+            timestep=(timesteps / self._num_train_timesteps).to(noisy),
+            encoder_hidden_states=encoding.hidden_states,
+            padding_mask=noisy.new_zeros(1, 1, resolution, resolution),
+        ).sample[:, :, 0]
