@@ -9,12 +9,15 @@ from inspect import signature
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from .model_families import FAMILIES, edited_model, family_of
 from .model_families.base import uncompiled
 from .model_hooks import attach, detach
 from .placeholder_tokens import PlaceholderTokens
 from .registry import registry_of
+
+logger = logging.get_logger(__name__)
 
 # Pipeline methods that replace attention processors or count the tokenizer's tokens.
 REPLACING = (
@@ -147,6 +150,7 @@ def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., An
         for name, value in given.arguments.items():
             if "prompt" in name:
                 given.arguments[name] = _with_exact_tokens(value, registry.placeholder_tokens)
+                _warn_of_missing_brackets(given.arguments[name], registry.placeholder_tokens)
         clip_skip, max_length = given.arguments.get("clip_skip"), given.arguments.get("max_sequence_length")
         with registry.encoding(text_encoders, clip_skip, max_length):
             return encode_prompt(*given.args, **given.kwargs)
@@ -164,6 +168,23 @@ def _with_exact_tokens(prompt: Any, tokens: Sequence[str]) -> Any:
     return re.sub(
         _pattern(tokens), lambda found: exact.get(found[0], exact[found[0].lower()]), prompt, flags=re.IGNORECASE
     )
+
+
+def _warn_of_missing_brackets(prompt: Any, tokens: Sequence[str]) -> None:
+    """Log a warning if a prompt has my-cat or < my-cat > where the placeholder token is <my-cat>."""
+    if isinstance(prompt, (list, tuple)):
+        for one in prompt:
+            _warn_of_missing_brackets(one, tokens)
+    elif isinstance(prompt, str):
+        for token in tokens:
+            name = token.strip("<>")
+            # A name of letters alone may be meant as a word: "a cat" beside <cat>.
+            written = not name.isalpha() and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", prompt, re.IGNORECASE)
+            if written and token not in prompt:
+                logger.warning(
+                    f"The prompt {prompt!r} has {written[0]!r}, but not the placeholder token {token!r}, so the "
+                    "concept is not applied."
+                )
 
 
 def _pattern(tokens: Sequence[str]) -> str:

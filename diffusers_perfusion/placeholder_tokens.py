@@ -107,17 +107,18 @@ class PlaceholderTokens:
         """Return the `PlaceholderTokens` of a tokenizer and text encoder, the same object at every call.
 
         Raises:
-            ValueError: if the text encoder has placeholder tokens from another tokenizer.
+            ValueError: if the text encoder has placeholder tokens from another tokenizer, or the tokenizer has some
+                for another text encoder.
         """
-        tokens = cls.existing(text_encoder)
-        if tokens is None:
-            tokens = text_encoder._perfusion_tokens = cls(tokenizer, text_encoder, family)  # type: ignore[assignment]
         if getattr(tokenizer, "_perfusion_text_encoder", id(text_encoder)) != id(text_encoder):
             raise ValueError(
                 "this tokenizer has placeholder tokens for another text encoder; give each text encoder a tokenizer "
                 "object of its own"
             )
-        if tokens.tokenizer is not tokenizer:
+        tokens = cls.existing(text_encoder)
+        if tokens is None:
+            tokens = text_encoder._perfusion_tokens = cls(tokenizer, text_encoder, family)  # type: ignore[assignment]
+        elif tokens.tokenizer is not tokenizer:
             if tokens._entries:
                 raise ValueError(
                     "this text encoder has placeholder tokens from another tokenizer object; make the pipeline with "

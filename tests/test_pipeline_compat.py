@@ -334,6 +334,19 @@ def test_a_unet_that_repeats_rows_for_its_frames(components, cat, generate):
 # Case
 
 
+@pytest.mark.parametrize("written", ["my-cat", "< my-cat >", "My-Cat", "<my-cat"])
+def test_a_token_without_its_brackets_is_warned_of(pipeline, edited, generate, warnings, written):
+    generate(f"a {written} on the beach")
+    (message,) = warnings()
+    assert f"{written.strip('<> ')!r}, but not the placeholder token '<my-cat>'" in message
+
+
+@pytest.mark.parametrize("prompt", ["a <my-cat>", "a cat", "a my-cat-2", "my cats", "a <MY-CAT> like my-cat"])
+def test_no_warning_of_other_words(pipeline, edited, generate, warnings, prompt):
+    generate(prompt)
+    assert not warnings()
+
+
 @pytest.mark.parametrize("token", ["<my-cat>", "<My-Cat>"])
 @pytest.mark.parametrize("name", ["pipeline", "xl_pipeline", "pixart_pipeline", "sana_pipeline"])
 def test_a_token_is_found_in_any_case(request, generate, name, token):
