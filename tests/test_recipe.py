@@ -15,15 +15,16 @@ import pytest
 import rasterise
 import scenes
 import torch
+import train_base
 import train_clip
 import train_identity
 import train_tokenizer
-import train_unet
 import train_vae
 import world
-from diffusers import StableDiffusionPipeline
+from diffusers import PixArtSigmaPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 
@@ -43,9 +44,9 @@ def built(tmp_path_factory):
     scenes.main(["--count", str(CAPTIONS), "--output_dir", data])
     train_tokenizer.main(["--data_dir", data, "--output_dir", tokenizer])
     train_vae.main(["--data_dir", data, "--steps", "2", "--batch", "2", "--output_dir", vae])
-    encode_latents.main(["--data_dir", data, "--tokenizer", tokenizer, "--vae", vae])
+    encode_latents.main(["--data_dir", data, "--vae", vae])
     unet = ["--data_dir", data, "--tokenizer", tokenizer, "--batch", "2", "--output_dir", trained]
-    train_unet.main([*unet, "--steps", "2"])
+    train_base.main([*unet, "--steps", "2"])
     parts = ["--tokenizer", tokenizer, "--vae", vae, "--trained", trained]
     export.main([*parts, "--output_dir", str(folder / "model")])
     some = ["--pairs", "4", "--renditions", "1", "--views", "2"]
@@ -54,7 +55,7 @@ def built(tmp_path_factory):
     train_clip.main([*clip, "--output_dir", str(folder / "clip")])
     identity = ["--data_dir", data, "--steps", "2", "--batch", "4"]
     train_identity.main([*identity, "--output_dir", str(folder / "identity")])
-    return SimpleNamespace(folder=folder, data=folder / "data", unet=unet)
+    return SimpleNamespace(folder=folder, data=folder / "data", vae=vae, unet=unet)
 
 
 def test_the_exported_folder_is_a_pipeline(built):
@@ -82,24 +83,60 @@ def test_an_evaluator_sees_images_as_it_did_in_training(built, monkeypatch):
     torch.testing.assert_close(seen, train_clip.augment(pixels[None]))
 
 
-def test_latents_and_tokens_are_those_of_the_scenes(built):
-    images, latents, tokens = (np.load(built.data / f"{name}.npy") for name in ("scenes", "latents", "tokens"))
+def test_latents_are_those_of_the_scenes(built):
+    images, latents = (np.load(built.data / f"{name}.npy") for name in ("scenes", "latents"))
     captions = (built.data / "captions.txt").read_text().splitlines()
     assert images.shape == (CAPTIONS, 64, 64, 3) and len(captions) == CAPTIONS
     assert latents.shape == (CAPTIONS, 4, 16, 16) and latents.astype(np.float32).std() == pytest.approx(1, abs=0.1)
-    tokenizer = train_tokenizer.CLIPTokenizer.from_pretrained(built.folder / "tokenizer")
-    assert [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens] == captions
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "of_tokenizer"),
+    [
+        ("unet-77", StableDiffusionPipeline, ["--length", "77"]),
+        ("pixart", PixArtSigmaPipeline, ["--format", "t5"]),
+    ],
+)
+def test_bases_of_other_shapes_are_pipelines_too(built, tmp_path, base, kind, of_tokenizer):
+    data, tokenizer, trained, model = (str(path) for path in (built.data, *(tmp_path / n for n in "abc")))
+    train_tokenizer.main(["--data_dir", data, "--output_dir", tokenizer, *of_tokenizer])
+    common = ["--base", base, "--tokenizer", tokenizer]
+    train_base.main([*common, "--data_dir", data, "--batch", "2", "--steps", "1", "--output_dir", trained])
+    export.main([*common, "--vae", built.vae, "--trained", trained, "--output_dir", model])
+    pipeline = kind.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.tokenizer.model_max_length == (77 if base == "unet-77" else 32)
+    arguments = {} if base == "unet-77" else {"use_resolution_binning": False, "clean_caption": False}
+    images = [
+        pipeline(
+            prompt,
+            num_inference_steps=2,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(0),
+            **arguments,
+        ).images
+        for prompt in ("a cat on the beach", "a blue dog")
+    ]
+    assert images[0].shape == (1, 3, 64, 64) and images[0].isfinite().all()
+
+
+def test_the_t5_tokenizer_knows_the_worlds_words_and_every_character(built, tmp_path):
+    train_tokenizer.main(["--data_dir", str(built.data), "--format", "t5", "--output_dir", str(tmp_path / "t5")])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "t5")
+    assert tokenizer.tokenize("A photo of a") == ["\u2581a", "\u2581photo", "\u2581of", "\u2581a"]
+    assert tokenizer.unk_token_id not in tokenizer("cute (zebra)!").input_ids
+    assert tokenizer("").input_ids == [tokenizer.eos_token_id]
 
 
 def test_the_tokenizer_knows_the_worlds_words_and_every_byte(built):
-    tokenizer = train_tokenizer.CLIPTokenizer.from_pretrained(built.folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(built.folder / "tokenizer")
     assert tokenizer.tokenize("a photo of a") == ["a</w>", "photo</w>", "of</w>", "a</w>"]
     assert tokenizer.decode(tokenizer("zèbre ☂").input_ids, skip_special_tokens=True).strip() == "zèbre ☂"
 
 
 def test_the_unet_training_is_resumed(built, tmp_path, monkeypatch):
     command = [*built.unet[:-1], str(tmp_path), "--steps", "4"]
-    take_step, taken = train_unet.Optimiser.step, []
+    take_step, taken = train_base.Optimiser.step, []
 
     def step(self, loss):
         if len(taken) == 3:
@@ -107,12 +144,12 @@ def test_the_unet_training_is_resumed(built, tmp_path, monkeypatch):
         taken.append(loss)
         take_step(self, loss)
 
-    monkeypatch.setattr(train_unet, "SAVE_EVERY", 2)
+    monkeypatch.setattr(train_base, "SAVE_EVERY", 2)
     with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
-        stopping.setattr(train_unet.Optimiser, "step", step)
-        train_unet.main(command)
+        stopping.setattr(train_base.Optimiser, "step", step)
+        train_base.main(command)
     state = torch.load(tmp_path / "state.pt")
-    train_unet.main(command)
+    train_base.main(command)
     later = torch.load(tmp_path / "state.pt")
     assert (state["step"], later["step"]) == (2, 4)
     moved = [(state["unet"][name] - later["unet"][name]).abs().max() for name in state["unet"]]
@@ -121,7 +158,7 @@ def test_the_unet_training_is_resumed(built, tmp_path, monkeypatch):
 
 def test_the_saved_unet_is_the_moving_average(built):
     state = torch.load(built.folder / "trained" / "state.pt")
-    saved = train_unet.UNet2DConditionModel.from_pretrained(built.folder / "trained" / "unet")
+    saved = UNet2DConditionModel.from_pretrained(built.folder / "trained" / "unet")
     for (name, value), average in zip(saved.named_parameters(), state["average"], strict=False):
         torch.testing.assert_close(value, average)
         assert name in state["unet"]

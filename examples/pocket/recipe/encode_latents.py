@@ -1,8 +1,8 @@
-"""Encode the scenes with the VAE and the captions with the tokenizer, once for all steps of the UNet.
+"""Encode the scenes with the VAE, once for all steps of a base model.
 
-    python examples/pocket/recipe/encode_latents.py --data_dir data --tokenizer pocket/tokenizer --vae pocket/vae
+    python examples/pocket/recipe/encode_latents.py --data_dir data --vae pocket/vae
 
-Writes `latents.npy`, `(count, 4, 16, 16)` scaled, in fp16, and `tokens.npy`, `(count, 32)`, into the data folder.
+Writes `latents.npy`, `(count, 4, 16, 16)` scaled, in fp16, into the data folder.
 """
 
 import argparse
@@ -14,17 +14,15 @@ from diffusers import AutoencoderTiny
 from files import save_array
 from tqdm import trange
 from train_vae import to_input
-from transformers import CLIPTokenizer
 
 BATCH = 100
 
 
 @torch.no_grad()
 def main(args=None):
-    """Encode both."""
+    """Encode them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="What scenes.py wrote.")
-    parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--vae", required=True)
     arguments = parser.parse_args(args)
 
@@ -36,11 +34,6 @@ def main(args=None):
             encoded = vae.encode(to_input(images[start : start + BATCH])).latents
         latents.append((encoded.float() * vae.config.scaling_factor).half().numpy())
     save_array(arguments.data_dir / "latents.npy", np.concatenate(latents))
-
-    tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer)
-    captions = (arguments.data_dir / "captions.txt").read_text().splitlines()
-    tokens = tokenizer(captions, padding="max_length", truncation=True).input_ids
-    save_array(arguments.data_dir / "tokens.npy", np.array(tokens, np.int16))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from bases import BASES
+from diffusers import AutoencoderTiny
 from files import finished
-from train_unet import SCHEDULER
-from transformers import CLIPTextModel, CLIPTokenizer
 
 
 def main(args=None):
@@ -19,19 +18,17 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--vae", required=True)
-    parser.add_argument("--trained", required=True, help="What train_unet.py wrote.")
+    parser.add_argument("--trained", required=True, help="What train_base.py wrote.")
+    parser.add_argument("--base", choices=BASES, default="pocket", help="Its shape.")
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args(args)
 
-    pipeline = StableDiffusionPipeline(
+    base = BASES[arguments.base]
+    pipeline = base.pipeline(
         vae=AutoencoderTiny.from_pretrained(arguments.vae),
-        text_encoder=CLIPTextModel.from_pretrained(arguments.trained, subfolder="text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(arguments.tokenizer),
-        unet=UNet2DConditionModel.from_pretrained(arguments.trained, subfolder="unet"),
-        scheduler=DDIMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        text_encoder=base.text_encoder_class.from_pretrained(arguments.trained, subfolder="text_encoder"),
+        tokenizer=base.tokenizer_class.from_pretrained(arguments.tokenizer),
+        **{base.component: base.model_class.from_pretrained(arguments.trained, subfolder=base.component)},
     ).to(torch.float16)
     pipeline.text_encoder.float()  # transformers loads the type that is stored, and a CPU cannot use halves
     with finished(arguments.output_dir) as folder:

@@ -12,7 +12,9 @@ def split_parameters(*models):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            outer = name.startswith(("conv_in", "conv_out", "time_")) or "embed" in name
+            outer = name.startswith(("conv_in", "conv_out", "time_", "shared", "proj_out")) or any(
+                part in name for part in ("embed", "table", "relative_attention_bias")
+            )
             (rest if outer or parameter.ndim < 2 else matrices).append(parameter)
     return matrices, rest
 

@@ -1,22 +1,24 @@
-"""Train the pocket tokenizer on the captions: byte-level BPE in CLIP's format.
+"""Train a tokenizer on the captions: byte-level BPE in CLIP's format, or words and characters in T5's.
 
 python examples/pocket/recipe/train_tokenizer.py --data_dir data --output_dir pocket/tokenizer
 """
 
 import argparse
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 from files import finished
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-LENGTH = 32
+LENGTH = 32  # of the pocket model
 END_OF_WORD = "</w>"
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def train(captions):
+def train_clip(captions):
     """Learn byte-level BPE on words as CLIP splits them.
 
     Returns:
@@ -50,21 +52,49 @@ def train(captions):
     return vocabulary, learnt["merges"]
 
 
+def train_t5(captions):
+    """Count words: a unigram model with a piece for each word of the captions, and for each character."""
+    counts = Counter(word for caption in captions for word in caption.lower().split())
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    pieces += [(f"\u2581{word}", math.log(count / counts.total())) for word, count in sorted(counts.items())]
+    # Less likely than any word, so that a word is split only if it is unknown.
+    pieces += [(character, -20.0) for character in ("\u2581", *map(chr, range(33, 127)))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
 def main(args=None):
     """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="What scenes.py wrote.")
+    parser.add_argument("--format", choices=["clip", "t5"], default="clip")
+    parser.add_argument("--length", type=int, default=LENGTH, help="Positions of the text encoder.")
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args(args)
 
-    vocabulary, merges = train((arguments.data_dir / "captions.txt").read_text().splitlines())
+    captions = (arguments.data_dir / "captions.txt").read_text().splitlines()
     with finished(arguments.output_dir) as folder:
         folder.mkdir()
-        (folder / "vocab.json").write_text(json.dumps(vocabulary))
-        (folder / "merges.txt").write_text("".join(f"{line}\n" for line in ("#version: 0.2", *map(" ".join, merges))))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": LENGTH}))
-        CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
-    print(f"{arguments.output_dir}: {len(vocabulary)} tokens")
+        if arguments.format == "t5":
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=train_t5(captions),
+                model_max_length=arguments.length,
+                pad_token="<pad>",
+                eos_token="</s>",
+                unk_token="<unk>",
+            )
+        else:
+            vocabulary, merges = train_clip(captions)
+            (folder / "vocab.json").write_text(json.dumps(vocabulary))
+            lines = ("#version: 0.2", *map(" ".join, merges))
+            (folder / "merges.txt").write_text("".join(f"{line}\n" for line in lines))
+            (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": arguments.length}))
+            tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"{arguments.output_dir}: {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Train the pocket UNet and its text encoder together on the cached latents.
+"""Train a base model and its text encoder together, on the cached latents and their captions.
 
-    python examples/pocket/recipe/train_unet.py --data_dir data --tokenizer pocket/tokenizer --output_dir training
+    python examples/pocket/recipe/train_base.py --data_dir data --tokenizer pocket/tokenizer --output_dir training
 
-Saves the moving averages of both as `unet` and `text_encoder`, and `state.pt`, from which the same command goes on
-when it was stopped.
+Saves the moving averages of both as `unet` (or `transformer`) and `text_encoder`, and `state.pt`, from which the same
+command goes on when it was stopped.
 """
 
 import argparse
@@ -11,61 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from bases import BASES, SCHEDULER
+from diffusers import DDIMScheduler
 from files import finished
 from optimiser import Optimiser
 from tqdm import trange
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WIDTH = 192
 HELD_OUT = 512  # the last scenes, for the validation loss
 NO_CAPTION = 0.1  # the share of captions left out, for classifier-free guidance
-SAVE_EVERY = 1000
-
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-
-
-def new_unet():
-    """A UNet of 11 M parameters for 4×16×16 latents."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 128, 192),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=32,
-    )
-
-
-def new_text_encoder(tokenizer):
-    """A text encoder of four layers."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+SAVE_EVERY = 500
 
 
 def constant_then_linear(progress):
@@ -76,29 +30,30 @@ def constant_then_linear(progress):
 class Objective:
     """The v-prediction loss with min-SNR weights, γ = 5 (Hang et al. 2023, arXiv 2303.09556)."""
 
-    def __init__(self):
+    def __init__(self, base):
+        self.base = base
         self.scheduler = DDIMScheduler(**SCHEDULER)
         alphas = self.scheduler.alphas_cumprod
         snr = alphas / (1 - alphas)
         self.weights = snr.clamp(max=5) / (snr + 1)
 
-    def errors(self, unet, text_encoder, latents, tokens, timesteps, noise):
+    def errors(self, model, text_encoder, latents, tokens, timesteps, noise):
         """Mean squared error of each image, `(batch,)`."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(noisy, timesteps, text_encoder(tokens)[0], return_dict=False)[0]
+            predicted = self.base.predict(model, text_encoder, noisy, timesteps, tokens)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         return (predicted.float() - target).square().mean((1, 2, 3))
 
     @torch.no_grad()
-    def validate(self, unet, text_encoder, latents, tokens):
+    def validate(self, model, text_encoder, latents, tokens):
         """The plain loss on held-out scenes, always with the same noise."""
         generator = torch.Generator().manual_seed(5)
         errors = []
         for z, ids in zip(latents.split(128), tokens.split(128), strict=True):
             timesteps = torch.randint(100, 700, (len(z),), generator=generator)
             noise = torch.randn(z.shape, generator=generator)
-            errors.append(self.errors(unet, text_encoder, z.float(), ids, timesteps, noise))
+            errors.append(self.errors(model, text_encoder, z.float(), ids, timesteps, noise))
         return torch.cat(errors).mean().item()
 
 
@@ -130,6 +85,7 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="What encode_latents.py wrote to.")
     parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--base", choices=BASES, default="pocket", help="Its shape.")
     parser.add_argument("--steps", type=int, default=9300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -137,39 +93,39 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     torch.manual_seed(arguments.seed)
-    tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer)
+    base = BASES[arguments.base]
+    tokenizer = base.tokenizer_class.from_pretrained(arguments.tokenizer)
     latents = torch.from_numpy(np.load(arguments.data_dir / "latents.npy"))
-    tokens = torch.from_numpy(np.load(arguments.data_dir / "tokens.npy").astype(np.int64))
-    empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
+    captions = (arguments.data_dir / "captions.txt").read_text().splitlines()
+    tokens = torch.tensor(tokenizer(["", *captions], padding="max_length", truncation=True).input_ids)
+    empty, tokens = tokens[0], tokens[1:]
     held_out = min(HELD_OUT, len(latents) // 10)
 
-    unet, text_encoder, objective = new_unet(), new_text_encoder(tokenizer), Objective()
-    unet.to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())  # over short sequences the backward of the fused attention is slower
+    model, text_encoder, objective = base.new_model(), base.new_text_encoder(tokenizer), Objective(base)
     optimiser = Optimiser(
-        unet, text_encoder, steps=arguments.steps, lr=6e-4, muon_lr=2e-3, warmup=200, decay=constant_then_linear
+        model, text_encoder, steps=arguments.steps, lr=6e-4, muon_lr=2e-3, warmup=200, decay=constant_then_linear
     )
-    average = MovingAverage(unet, text_encoder)
-    models = {"unet": unet, "text_encoder": text_encoder}
+    average = MovingAverage(model, text_encoder)
+    models = {base.component: model, "text_encoder": text_encoder}
 
     def save():
-        state = {name: model.state_dict() for name, model in models.items()}
+        state = {name: part.state_dict() for name, part in models.items()}
         state |= {"average": average.values, "optimiser": optimiser.state_dict(), "step": average.steps}
         with finished(state_file) as path:
             torch.save(state, path)
         average.swap()
-        loss = objective.validate(unet, text_encoder, latents[-held_out:], tokens[-held_out:])
-        for name, model in models.items():
+        loss = objective.validate(model, text_encoder, latents[-held_out:], tokens[-held_out:])
+        for name, part in models.items():
             with finished(arguments.output_dir / name) as folder:
-                model.save_pretrained(folder)
+                part.save_pretrained(folder)
         average.swap()
         progress.write(f"step {average.steps}: validation loss {loss:.5f}")
 
     state_file = arguments.output_dir / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        for name, model in models.items():
-            model.load_state_dict(state[name])
+        for name, part in models.items():
+            part.load_state_dict(state[name])
         average.values, average.steps = state["average"], state["step"]
         optimiser.load_state_dict(state["optimiser"])
         torch.manual_seed(arguments.seed + average.steps)  # other scenes than before it was stopped
@@ -180,7 +136,7 @@ def main(args=None):
         z = latents[rows].float().contiguous(memory_format=torch.channels_last)
         ids = torch.where(torch.rand(arguments.batch, 1) < NO_CAPTION, empty, tokens[rows])
         timesteps = torch.randint(objective.scheduler.config.num_train_timesteps, (arguments.batch,))
-        errors = objective.errors(unet, text_encoder, z, ids, timesteps, torch.randn_like(z))
+        errors = objective.errors(model, text_encoder, z, ids, timesteps, torch.randn_like(z))
         loss = (errors * objective.weights[timesteps]).mean()
         optimiser.step(loss)
         average.update()
