@@ -11,13 +11,17 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from .rank_one_edit import edit, gates
+from .rank_one_edit import edit, find_tokens, gates, similarities
 
 # What models give any processor; further arguments only to one that names them.
 _USUAL_ARGUMENTS = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}
 
 # From hidden states `(..., d)` to keys or values `(..., d_out)`.
 Projection = Callable[[Tensor], Tensor]
+
+
+# Similarity to the target input from which on a position may be a token, where prompts are not known.
+MIN_SIMILARITY = 0.5
 
 
 class Concept(Protocol):
@@ -28,6 +32,7 @@ class Concept(Protocol):
     target_input: Tensor
     inverse_target_input: Tensor
     superclass_input: Tensor
+    inverse_superclass_input: Tensor
     target_outputs: dict[str, Tensor]
     bias: float
     temperature: float
@@ -42,22 +47,19 @@ class Concept(Protocol):
 
 @dataclass(frozen=True)
 class Edit:
-    """The part of Eq. 4 that all layers share, for one batch of hidden states.
+    """The part of the edit that all layers share, for one batch of hidden states.
 
     Attributes:
         concepts: the `J` concepts.
-        target_input: `i_j`, `(J, d)`.
         superclass_input: `i_super` of each concept, `(J, d)`.
-        coef: coordinates of the projection on the `i_j`, `(batch, length, J)`, as `rank_one_edit.gates` returns them;
-            zero in rows that the concept is not edited into.
-        gate: likewise.
+        coef: similarity of hidden states to these, of `rank_one_edit.similarities`, `(batch, length, J)`.
+        gate: of `rank_one_edit.gates`, `(batch, length, J)`.
         superclass_prompt: hidden states of the super-class prompts, `(batch, length, d)`, which all keys are computed
             from under global key-locking; None under local key-locking.
         repeats_rows: whether the model repeats each row (`repeat_interleave`) before it calls its layers.
     """
 
     concepts: tuple[Concept, ...]
-    target_input: Tensor
     superclass_input: Tensor
     coef: Tensor
     gate: Tensor
@@ -88,7 +90,7 @@ class EditSource(Protocol):
 
 
 class ContentGate:
-    """Computes the edit of Eq. 4 for every row from hidden states alone, whether or not its prompt holds a token.
+    """Computes the edit from hidden states alone, at the positions that are most like each concept.
 
     Args:
         concepts: what to edit in.
@@ -122,17 +124,18 @@ class ContentGate:
 
     def _edit(self, hidden_states: Tensor) -> Edit:
         device = hidden_states.device
-        if any(concept.target_input.device != device for concept in self.concepts):
+        if any(concept.superclass_input.device != device for concept in self.concepts):
             self.concepts = tuple(concept.to(device) for concept in self.concepts)
 
         def stack(name: str) -> Tensor:
             return torch.stack([getattr(concept, name).float() for concept in self.concepts])
 
-        target_input, inverse = stack("target_input"), stack("inverse_target_input")
-        coef, gate = gates(
-            hidden_states, target_input, inverse, self.bias.to(target_input), self.temperature.to(target_input)
-        )
-        return Edit(self.concepts, target_input, stack("superclass_input"), coef, gate)
+        similarity = similarities(hidden_states, stack("target_input"), stack("inverse_target_input"))
+        tokens = find_tokens(similarity) & (similarity > MIN_SIMILARITY)
+        superclass_input = stack("superclass_input")
+        coef = similarities(hidden_states, superclass_input, stack("inverse_superclass_input"))
+        gate = gates(tokens, self.bias.to(coef), self.temperature.to(coef))
+        return Edit(self.concepts, superclass_input, coef, gate)
 
 
 def _one_each(name: str, value: float | Sequence[float] | None, defaults: Sequence[float]) -> Tensor:
@@ -146,17 +149,17 @@ def _one_each(name: str, value: float | Sequence[float] | None, defaults: Sequen
 
 
 class PerfusionAttnProcessor:
-    """An attention processor that edits concepts into the keys and values of one cross-attention layer (paper Eq. 4).
+    """An attention processor that edits concepts into the keys and values of one cross-attention layer (paper Eq. 3).
 
     It calls the processor that it wraps with the same layer, whose `to_k` and `to_v` return edited keys and values. So
     attention itself is computed as the user has chosen. The projections are called as modules and never read as
     weights, which respects a LoRA, quantisation or offloading in them.
 
-    Used alone, as in `unet.set_attn_processor(concept.attn_processors(unet))`, it knows hidden states and not prompts,
-    and the content gate of the paper decides where a concept goes in. That costs three things:
-    - Every row is edited a little, the unconditional half and prompts without the token included: the gate is
-      σ(−β/τ) where nothing is similar, and it opens at the plain super-class, because the concept's target input is
-      near it. Only without the processor are the base model's images equal to the bit.
+    Used alone, as in `unet.set_attn_processor(concept.attn_processors(unet))`, it knows hidden states and not prompts.
+    In each row the position that is most like a concept's target input counts as its token, if it is at least half as
+    similar as that itself. That costs four things:
+    - A token is not found where the words around it change it too much, and only one of several occurrences is.
+    - A prompt of the plain super-class may be edited too.
     - Global key-locking is not there: it needs the super-class prompt.
     - A prompt without the token, or whose token the tokenizer does not know, gets no warning.
     Pipelines with `load_perfusion` know the rows and have none of these costs.
@@ -308,7 +311,7 @@ def check_concept_fits(concept: Concept, model: Any, layers: Mapping[str, Attent
 
 
 class _EditedAttention:
-    """Stands in for an `Attention`, with a `to_k` and a `to_v` that return edited keys and values (paper Eq. 4)."""
+    """Stands in for an `Attention`, with a `to_k` and a `to_v` that return edited keys and values (paper Eq. 3)."""
 
     def __init__(self, attn: Attention, layer: str, edit: Edit):
         self._attn = attn
@@ -344,26 +347,25 @@ class _EditedAttention:
         if self._edit.superclass_prompt is not None:
             superclass_prompt = self._edit.superclass_prompt.to(hidden_states.dtype)
             return projection(self._edit.repeated(superclass_prompt, len(hidden_states)))
-        w_i, w_super = self._projected(projection, hidden_states.dtype)
-        return self._edited(projection(hidden_states), w_i, w_super, w_super)
+        w_i = self._projected(projection, hidden_states.dtype)
+        return self._edited(projection(hidden_states), w_i, w_i)
 
     def _values(self, projection: Projection, hidden_states: Tensor) -> Tensor:
-        w_i, w_super = self._projected(projection, hidden_states.dtype)
         # Cast one by one: autocast on a CPU does not stack half precision, in which files are stored.
         outputs = [concept.target_outputs[self._layer].to(hidden_states) for concept in self._edit.concepts]
-        return self._edited(projection(hidden_states), w_i, torch.stack(outputs), w_super)
+        w_i = self._projected(projection, hidden_states.dtype)
+        return self._edited(projection(hidden_states), w_i, torch.stack(outputs))
 
-    def _edited(self, h: Tensor, w_i: Tensor, o: Tensor, w_super: Tensor) -> Tensor:
+    def _edited(self, h: Tensor, w_i: Tensor, o: Tensor) -> Tensor:
         coef, gate = (self._edit.repeated(part, len(h)) for part in (self._edit.coef, self._edit.gate))
-        return edit(h, coef, gate, w_i, o, w_super)
+        return edit(h, coef, gate, w_i, o)
 
-    def _projected(self, projection: Projection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return `W i_j` and `W i_super` of all concepts, `(J, d_out)` each, without the projection's bias."""
-        inputs = torch.cat([self._edit.target_input, self._edit.superclass_input]).to(dtype)
+    def _projected(self, projection: Projection, dtype: torch.dtype) -> Tensor:
+        """Return `W i_j` of all concepts, `(J, d_out)`, without the projection's bias."""
+        inputs = self._edit.superclass_input.to(dtype)
         # The bias is found by calling the projection, because its weights may not be there to read.
         outputs = projection(torch.cat([inputs, torch.zeros_like(inputs[:1])]))
-        w_i, w_super = (outputs[:-1] - outputs[-1:]).chunk(2)
-        return w_i, w_super
+        return outputs[:-1] - outputs[-1:]
 
 
 def version_of(tensor: Tensor) -> int | None:

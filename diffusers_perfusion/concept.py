@@ -44,10 +44,11 @@ class PerfusionConcept(ModelHubMixin):
         placeholder_token: the token that stands for the concept in a prompt, such as `<my-cat>`.
         superclass: the super-class in plain words, such as `teddy bear`.
         token_embeddings: `v*`, the input embedding of the placeholder token for each text encoder, `(d_token,)` each.
-        target_input: `i*`, the point among encoder hidden states that stands for the concept, `(d,)`.
+        target_input: `i*`, the encoder hidden state at the placeholder token, `(d,)`.
         inverse_target_input: `C⁻¹ i*`, `(d,)`; its scale is free.
         superclass_input: `i_super`, the encoder hidden state of the super-class, `(d,)`. The locked key of a layer is
             `o*_K = W_K i_super`, of whichever model loads the concept.
+        inverse_superclass_input: `C⁻¹ i_super`, `(d,)`; its scale is free.
         target_outputs: `o*_V`, `(d_out,)` for each cross-attention layer by its module name.
         bias: `β` to generate with unless another is set.
         temperature: `τ` to generate with unless another is set (the paper's 0.15).
@@ -68,10 +69,11 @@ class PerfusionConcept(ModelHubMixin):
     target_input: Tensor
     inverse_target_input: Tensor
     superclass_input: Tensor
+    inverse_superclass_input: Tensor
     target_outputs: dict[str, Tensor]
-    bias: float = 1.2
+    bias: float = 0.7
     temperature: float = 0.15
-    bias_range: tuple[float, float] = (0.8, 1.8)
+    bias_range: tuple[float, float] = (0.6, 1.2)
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -91,11 +93,12 @@ class PerfusionConcept(ModelHubMixin):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a vector")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinity")
-        for name in ("inverse_target_input", "superclass_input"):
+        for name in VECTORS:
             if len(getattr(self, name)) != self.width:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers; expected {self.width}")
-        if not self.target_input.float() @ self.inverse_target_input.float() > 0:
-            raise ValueError("target_input and inverse_target_input give ‖i*‖² ≤ 0; they do not belong to one concept")
+        for name in ("target_input", "superclass_input"):
+            if not getattr(self, name).float() @ getattr(self, f"inverse_{name}").float() > 0:
+                raise ValueError(f"{name} and inverse_{name} give ‖i‖² ≤ 0; they do not belong to one concept")
 
     @property
     def width(self) -> int:
@@ -148,10 +151,13 @@ class PerfusionConcept(ModelHubMixin):
         Raises:
             ValueError: if a number is too large for `dtype`.
         """
-        # C⁻¹ i* may have any scale; at a maximum of one its small entries stay normal numbers in float16.
-        inverse = self.inverse_target_input / self.inverse_target_input.abs().max()
+        # C⁻¹ i may have any scale; at a maximum of one its small entries stay normal numbers in float16.
+        inverses = {
+            name: getattr(self, name) / getattr(self, name).abs().max()
+            for name in ("inverse_target_input", "inverse_superclass_input")
+        }
         tensors = {}
-        for name, tensor in replace(self, inverse_target_input=inverse)._tensors():
+        for name, tensor in replace(self, **inverses)._tensors():
             tensors[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
             if not torch.isfinite(tensors[name]).all():
                 raise ValueError(f"{name} does not fit into {dtype}; save it with dtype=torch.float32")

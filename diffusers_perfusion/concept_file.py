@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 WEIGHT_NAME = "perfusion.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEADER_KEY = "perfusion"
 
 # A downloaded file is refused above these before any tensor is read: SDXL in float32 needs 0.4 MB and 75 tensors.
@@ -31,7 +31,7 @@ TEMPERATURE_BOUNDS = (0.01, 1.0)
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 # Names of tensors: the vectors of a concept, and the prefixes before a text encoder's number and a layer's name.
-VECTORS = ("target_input", "inverse_target_input", "superclass_input")
+VECTORS = ("target_input", "inverse_target_input", "superclass_input", "inverse_superclass_input")
 EMBEDDING_PREFIX = "token_embeddings."
 OUTPUT_PREFIX = "target_outputs."
 
@@ -134,7 +134,7 @@ class ConceptHeader:
                 for name, (_, shape) in tensors.items()
                 if name.startswith(OUTPUT_PREFIX)
             },
-            dtype=DTYPES[tensors["target_input"][0]],
+            dtype=DTYPES[tensors["superclass_input"][0]],
         )
 
     @classmethod

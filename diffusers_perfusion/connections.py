@@ -28,11 +28,11 @@ class Row:
 
     @property
     def tokens(self) -> dict[str, tuple[int, ...]]:
-        """Positions of each placeholder token, of the first text encoder that reads it."""
+        """Positions of each placeholder token, in the parts of all text encoders that read it."""
         found: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
             for token, positions in part.tokens.items():
-                found.setdefault(token, positions)
+                found[token] = tuple(sorted({*found.get(token, ()), *positions}))
         return found
 
     def superclass_row(self, row: Tensor) -> Tensor:

@@ -198,7 +198,9 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
             logger.warning("Perfusion is disabled on this pipeline; settings take effect after enable_perfusion().")
         return before
 
-    def mark_perfusion(self, prompt_embeds: Tensor, names: str | Sequence[str] | None = None) -> None:
+    def mark_perfusion(
+        self, prompt_embeds: Tensor, names: str | Sequence[str] | Mapping[str, Sequence[int]] | None = None
+    ) -> None:
         """Register which concepts prompt embeddings hold that were weighted, mixed or encoded elsewhere.
 
         What `encode_prompt` returns while the concepts are loaded is recognised by itself, as are its rows, repeated
@@ -206,23 +208,39 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
 
         Args:
             prompt_embeds: as the pipeline takes them, `(batch, length, width)`.
-            names: the concepts in every row of them; by default the active ones, and an empty list for none.
+            names: the concepts in every row of them; by default the active ones, and an empty list for none. A mapping
+                gives the positions of each concept's token in every row; without it a token is taken to be where the
+                embeddings are most similar to the concept.
 
         Raises:
-            ValueError: if a concept is not loaded, none is named and none active, or the embeddings are of another
-                width than the pipeline's.
+            ValueError: if a concept is not loaded, none is named and none active, the embeddings are of another width
+                than the pipeline's, or a position is outside of them.
         """
         registry = self._registry("mark")
         if names is None and not registry.active:
             raise ValueError("no concept is active; name the concepts that are in prompt_embeds")
-        names = list(registry.active) if names is None else [names] if isinstance(names, str) else list(names)
-        self._check_loaded(names)
+        names = registry.active if names is None else [names] if isinstance(names, str) else names
+        places = names if isinstance(names, Mapping) else dict.fromkeys(names, ())
+        self._check_loaded(list(places))
         width = sum(registry.widths)
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != width:
             raise ValueError(
                 f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; expected (batch, length, {width})"
             )
-        registry.register(prompt_embeds, [registry.loaded[name].concept.placeholder_token for name in names])
+        length = prompt_embeds.shape[1]
+        taken: dict[int, str] = {}
+        for name, positions in places.items():
+            for position in positions:
+                if not isinstance(position, int) or not 0 <= position < length:
+                    raise ValueError(
+                        f"position {position!r} of {name!r} is not in prompt_embeds; expected 0 to {length - 1}"
+                    )
+                if (other := taken.setdefault(position, name)) != name:
+                    raise ValueError(f"position {position} is given for {other!r} and {name!r}; expected one of them")
+        registry.register(
+            prompt_embeds,
+            {registry.loaded[name].concept.placeholder_token: tuple(places[name]) for name in places},
+        )
 
     def enable_perfusion(self) -> None:
         """Switch concepts on again, and wrap attention processors that something else has replaced."""

@@ -153,6 +153,7 @@ class PromptTracker:
             found = {
                 token: tuple(places[position] for position in positions if position in places)
                 for token, positions in tokens.positions(ids).items()
+                if not places.keys().isdisjoint(positions)
             }
             superclass = tokens.superclass_prompt(ids) if found else None
             mask = None if attention_mask is None else attention_mask[number].cpu().clone()

@@ -21,7 +21,7 @@ from .connections import Connection, Row
 from .model_families import ModelFamily
 from .placeholder_tokens import PlaceholderTokens
 from .prompt_tracking import Prompt, PromptTracker, RowMemory
-from .rank_one_edit import ParallelConceptsError, gates
+from .rank_one_edit import find_tokens, gates, similarities
 
 logger = logging.get_logger(__name__)
 
@@ -268,10 +268,15 @@ class ConceptRegistry:
 
     # Rows
 
-    def register(self, rows: Tensor, tokens: Sequence[str]) -> None:
-        """Remember that every row of hidden states `(batch, length, width)` holds these placeholder tokens."""
+    def register(self, rows: Tensor, tokens: Mapping[str, tuple[int, ...]]) -> None:
+        """Remember which placeholder tokens every row of hidden states `(batch, length, width)` holds.
+
+        Args:
+            rows: of hidden states.
+            tokens: positions of each token; none where nobody knows them.
+        """
         for row in rows:
-            self._given_rows.remember(row, Prompt(dict.fromkeys(tokens, ())))
+            self._given_rows.remember(row, Prompt(tokens))
         self.clear_edit()
 
     def _recognise(self, row: Tensor) -> Row | None:
@@ -295,7 +300,8 @@ class ConceptRegistry:
             rows: positions of the placeholder tokens in each row, where the caller knows them.
 
         Raises:
-            ValueError: if concepts in one prompt are nearly parallel, or a super-class prompt cannot be encoded.
+            ValueError: if tokens whose positions nobody knows cannot be told apart, or a super-class prompt cannot be
+                encoded.
         """
         current = getattr(self._of_thread, "current", None)
         if current is None:
@@ -345,7 +351,8 @@ class ConceptRegistry:
                 hidden_states,
                 f"Perfusion does not recognise {len(unknown)} of {len(recognised)} prompt embeddings, so no concept "
                 "is applied to them. They were not encoded by this pipeline since its concepts were loaded, or were "
-                "weighted or mixed since then: say what they hold with mark_perfusion(prompt_embeds).",
+                "weighted or mixed since then: say what they hold, and where, with "
+                "mark_perfusion(prompt_embeds, {name: [position]}).",
             )
         inactive = {token for row in recognised if row is not None for token in row.tokens} - self._active_tokens
         if inactive:
@@ -353,24 +360,25 @@ class ConceptRegistry:
                 hidden_states,
                 f"{', '.join(sorted(inactive))} in a prompt is not active, so it is not applied; see set_perfusion().",
             )
-        rows_of: dict[tuple[str, ...], list[int]] = {}
+        rows: dict[int, dict[str, tuple[int, ...]]] = {}
         for number, row in enumerate(recognised):
-            names = (
-                {self._name_of_token[token] for token in row.tokens if token in self._active_tokens} if row else set()
-            )
+            tokens = {} if row is None else row.tokens
+            names = {
+                self._name_of_token[token]: places for token, places in tokens.items() if token in self._active_tokens
+            }
             if names:
-                rows_of.setdefault(tuple(sorted(names)), []).append(number)
-        if not rows_of:
+                rows[number] = names
+        if not rows:
             return None
         inputs = self._project(hidden_states)
         # By name, so that the order in which they were loaded or stand in a prompt does not change a bit.
-        order = sorted({name for names in rows_of for name in names})
+        order = sorted({name for names in rows.values() for name in names})
         entries = [self.loaded[name] for name in order]
         for entry in entries:
-            if entry.concept.target_input.device != inputs.device:
+            if entry.concept.superclass_input.device != inputs.device:
                 entry.concept = entry.concept.to(inputs.device)
             entry.bias, entry.temperature = entry.bias.to(inputs.device), entry.temperature.to(inputs.device)
-        coef, gate = self._coefficients(inputs, order, rows_of)
+        coef, gate = self._coefficients(inputs, order, rows)
         superclass_prompt = None
         if self.locking == "global":
             superclass_prompt = hidden_states.clone()
@@ -380,7 +388,6 @@ class ConceptRegistry:
             superclass_prompt = self._project(superclass_prompt)
         return Edit(
             concepts=tuple(entry.concept for entry in entries),
-            target_input=torch.stack([entry.concept.target_input.float() for entry in entries]),
             superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
             coef=coef,
             gate=gate,
@@ -389,35 +396,45 @@ class ConceptRegistry:
         )
 
     def _coefficients(
-        self, inputs: Tensor, order: Sequence[str], rows_of: Mapping[tuple[str, ...], list[int]]
+        self, inputs: Tensor, order: Sequence[str], rows: Mapping[int, Mapping[str, tuple[int, ...]]]
     ) -> tuple[Tensor, Tensor]:
-        """Return `coef` and `gate` of the concepts in `order`, `(batch, length, J)`; zero in other rows."""
+        """Return `coef` and `gate` of the concepts in `order`, `(batch, length, J)`.
+
+        Args:
+            inputs: `e`, `(batch, length, d)`.
+            order: names of the concepts.
+            rows: positions of each concept's token by the number of the row; empty where nobody knows them.
+
+        Raises:
+            ValueError: if tokens whose positions nobody knows cannot be told apart.
+        """
         entries = [self.loaded[name] for name in order]
-        target_input = torch.stack([entry.concept.target_input.float() for entry in entries])
-        inverse = torch.stack([entry.concept.inverse_target_input.float() for entry in entries])
-        bias = torch.stack([entry.bias for entry in entries])
-        temperature = torch.stack([entry.temperature for entry in entries])
-        dtype = torch.promote_types(inputs.dtype, torch.float32)
-        coef = torch.zeros((*inputs.shape[:2], len(order)), dtype=dtype, device=inputs.device)
-        gate = torch.zeros_like(coef)
-        for names, rows in rows_of.items():
-            # Not as an index if it is all, for an accelerator is waited for until it has that.
-            at = slice(None) if len(rows) == len(inputs) else rows
-            j = slice(None) if len(names) == len(order) else [order.index(name) for name in names]
-            try:
-                found = gates(inputs[at], target_input[j], inverse[j], bias[j], temperature[j])
-            except ParallelConceptsError as error:
-                first, second = (names[k] for k in error.pair)
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([getattr(entry.concept, name).float() for entry in entries])
+
+        coef = similarities(inputs, stack("superclass_input"), stack("inverse_superclass_input"))
+        known, unknown = torch.zeros(2, *coef.shape, dtype=torch.bool)
+        for number, row in rows.items():
+            for name, places in row.items():
+                known[number, list(places), order.index(name)] = True
+                unknown[number, :, order.index(name)] = not places
+        tokens = upload(known, coef.device)
+        if unknown.any():
+            similarity = similarities(inputs, stack("target_input"), stack("inverse_target_input"))
+            # Concepts that are not in a row are not told apart from those that are.
+            asked = upload(unknown, coef.device)
+            found = find_tokens(similarity.masked_fill(~asked, 0)) & asked
+            if (found.sum(-1) > 1).any():
                 raise ValueError(
-                    f"the concepts {first!r} and {second!r} have nearly parallel target inputs (cosine "
-                    f"{error.cosine:.4f}), so they cannot be told apart in one prompt; use one of them, or train one "
-                    "again with another super-class"
-                ) from error
-            for whole, part in zip((coef, gate), found, strict=True):
-                of_rows = whole[at]
-                of_rows[..., j] = part
-                whole[at] = of_rows
-        return coef, gate
+                    f"the tokens of {', '.join(map(repr, order))} cannot be told apart in these prompt embeddings; "
+                    "give their positions, as in mark_perfusion(prompt_embeds, {'my-cat': [2], 'my-dog': [5]})"
+                )
+            tokens = tokens | found
+        bias, temperature = (
+            torch.stack([getattr(entry, name) for entry in entries]).to(coef) for name in ("bias", "temperature")
+        )
+        return coef, gates(tokens, bias, temperature)
 
     @property
     def _active_tokens(self) -> set[str]:
@@ -440,3 +457,11 @@ class ConceptRegistry:
 def registry_of(model: Any) -> ConceptRegistry | None:
     """Return the registry of a model, or None if it has no concept."""
     return getattr(model, "_perfusion", None)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without waiting for the copy."""
+    # Copies from memory that is not pinned are waited for; Apple's accelerator may read memory after it is freed.
+    if device.type in ("cpu", "mps"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -37,8 +37,8 @@ TRAINED_AT = {2: 1, 4: 4, 5: 2, 6: 2}
 # How the names of attention layers begin in diffusers and in the original, from the input of a UNet to its output.
 STAGES = (("down_", "input_"), ("mid_", "middle_"), ("up_", "output_"))
 
-# The settings that both implementations generate with, and the range that the paper finds worth trying.
-SETTINGS: dict[str, Any] = {"bias": 0.7, "temperature": 0.15, "bias_range": (0.5, 0.9)}
+# The settings that both implementations generate with.
+SETTINGS: dict[str, Any] = {"bias": 0.7, "temperature": 0.15}
 
 
 class Contents(NamedTuple):
@@ -74,7 +74,8 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
             state = torch.load(path, map_location="cpu", weights_only=True)
         contents = read_chendaryen(state, widths) if "target_output" in state else read_lucidrains(state, widths)
         (token_embedding,) = contents.token_embedding.detach().float()
-        inverse = (contents.c_inv.double() @ contents.target_input.double()).float()
+        i_star = contents.target_input.float()
+        inverse = (contents.c_inv.double() @ i_star.double()).float()
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is broken, or holds more than tensors, which could run code; not read") from error
     except Exception as error:  # each kind of damage has an error of its own
@@ -83,13 +84,17 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
         ) from error
     if (superclass := superclass or contents.superclass) is None:
         raise ValueError(f"a checkpoint of {contents.author} does not name its super-class; give it with --superclass")
+    i_super = superclass_input(family, superclass).float().cpu()
+    if len(i_super) != len(i_star):
+        raise ValueError(f"{path} is of another model: i* has {len(i_star)} numbers; expected {len(i_super)}")
     concept = PerfusionConcept(
         placeholder_token=placeholder_token,
         superclass=superclass,
         token_embeddings=[token_embedding],
-        target_input=contents.target_input.float(),
+        target_input=i_star,
         inverse_target_input=inverse,
-        superclass_input=superclass_input(family, superclass).float().cpu(),
+        superclass_input=i_super,
+        inverse_superclass_input=(contents.c_inv.double() @ i_super.double()).float(),
         target_outputs={name: output.detach().float() for name, output in contents.outputs.items()},
         base_model=getattr(model, "name_or_path", "") or "",
         training={"converted_from": contents.author},
@@ -120,7 +125,7 @@ def read_chendaryen(state: Mapping[str, Any], widths: Mapping[str, int]) -> Cont
         state["C_inv"],
         outputs,
         f"its values differ by {torch.stack(spread).mean():.0%} between the token positions that it was trained at, "
-        "of which the mean is taken, and its keys are locked to the super-class anew",
+        "of which the mean is taken; its keys are locked, and its gate is set, to the super-class anew",
     )
 
 
@@ -140,7 +145,7 @@ def read_lucidrains(state: Mapping[str, Any], widths: Mapping[str, int]) -> Cont
                 inputs[0][0],
                 state["C_inv"],
                 dict(zip(order, values, strict=True)),
-                "its keys are locked to the super-class anew",
+                "its keys are locked, and its gate is set, to the super-class anew",
             )
     raise ValueError(f"values of widths {[len(value) for value in values]} do not fit layers {widths}")
 

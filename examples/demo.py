@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 NEXT = """
 Next, in Python (`from diffusers_perfusion import PerfusionPipeline`), generate with the concept, then change its bias:
   pipe = PerfusionPipeline.from_pretrained("{base}"); pipe.load_perfusion("{folder}"); pipe("a {token}").images[0]
-  pipe.set_perfusion(bias=1.5)  # higher is more like the prompt, lower more like the subject"""
+  pipe.set_perfusion(bias=1.0)  # higher is more like the prompt, lower more like the subject"""
 
 
 def run(*command):
@@ -28,7 +28,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", choices=("teddy_bear", "robot", "chair", "mug"), default="teddy_bear")
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--max_train_steps", type=int, default=250)
+    parser.add_argument("--max_train_steps", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="Generate the contact sheet in few denoising steps.")
     arguments = parser.parse_args()
 

@@ -26,7 +26,7 @@ def perfusion(*arguments, **environment):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo/share"))
-    parser.add_argument("--max_train_steps", default="250")
+    parser.add_argument("--max_train_steps", default="100")
     parser.add_argument("--num_inference_steps", default="25")
     parser.add_argument("--num_validation_images", default="4")
     parser.add_argument("--covariance", default=str(HERE / "pocket" / "captions.txt"))

@@ -21,6 +21,7 @@ from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.training import PerfusionTrainer, TrainingConfig
 from diffusers_perfusion.training.covariance import cached_covariance, invert
+from diffusers_perfusion.training.image_captions import training_prompt
 from diffusers_perfusion.training.images import read_images, to_tensor
 from diffusers_perfusion.training.masks import subject_masks
 from diffusers_perfusion.training.training_data import make_training_data
@@ -36,10 +37,11 @@ def parse_config():
     parser.add_argument("--mask", default="auto", help="Source of masks: auto, alpha, attention, clipseg or none.")
     parser.add_argument("--covariance", help="File with one caption per line; by default the base model's.")
     parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--max_train_steps", type=int, default=250)
+    parser.add_argument("--max_train_steps", type=int, default=100)
+    parser.add_argument("--lr_scheduler", default="cosine")
     parser.add_argument("--lr_warmup_steps", type=int, default=5)
     parser.add_argument("--value_learning_rate", type=float, default=0.03)
-    parser.add_argument("--embedding_learning_rate", type=float, default=0.003)
+    parser.add_argument("--embedding_learning_rate", type=float, default=0.006)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
     return TrainingConfig(**vars(parser.parse_args()))
@@ -56,14 +58,18 @@ def main():
     for part in (pipeline.vae, *family.text_encoders, model):
         part.to(accelerator.device, torch.float32).requires_grad_(False).eval()
 
-    # Images of the subject become latents, and masks say where the subject is in them.
+    # Images of the subject become latents, masks say where the subject is in them, and captions what else is.
     resolution = family.default_resolution
     images = read_images(config.instance_data_dir, resolution, seed=config.seed)
     masks, mask_source = subject_masks(
         config.mask, images, config.instance_data_dir, config.superclass, pipeline, config.seed
     )
     pixels = to_tensor([image.image for image in images])
-    data = make_training_data(family, pipeline.vae, pixels, masks, config.random_flip)
+    prompts = [
+        image.caption and training_prompt(image.caption, config.placeholder_token, config.superclass)
+        for image in images
+    ]
+    data = make_training_data(family, pipeline.vae, pixels, masks, config.random_flip, prompts)
 
     # The inverse of C, the second moment of encoder hidden states, is the metric of the gate's similarity.
     captions = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
@@ -83,7 +89,11 @@ def main():
 
     if accelerator.is_main_process:
         concept = trainer.trained_concept(
-            config.max_train_steps, images=len(images), mask=mask_source, resolution=resolution
+            config.max_train_steps,
+            images=len(images),
+            captions=len(images) - prompts.count(None),
+            mask=mask_source,
+            resolution=resolution,
         )
         path = concept.save(Path(config.output_dir) / "perfusion.safetensors")
         print(f"{path} ({path.stat().st_size:,} bytes): {concept.placeholder_token}")

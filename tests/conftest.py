@@ -479,6 +479,28 @@ def pixart_pipeline(pixart_components):
     return pipeline
 
 
+def expected_gates(hidden_states, *concepts, tokens=None, bias=None):
+    """`coef` and `gate` of concepts in one row, `(length, J)`, written out.
+
+    Args:
+        hidden_states: `(length, d)`.
+        concepts: to edit in.
+        tokens: positions of each concept's token; by default the first with 0.6 of the highest similarity to its
+            target input.
+        bias: of each concept; by default its own.
+    """
+    coef, gate = [], torch.zeros(len(hidden_states), len(concepts))
+    for n, concept in enumerate(concepts):
+        i, inverse = concept.superclass_input.float(), concept.inverse_superclass_input.float()
+        coef.append(hidden_states @ inverse / (i @ inverse))
+        likeness = (hidden_states @ concept.inverse_target_input.float()).tolist()
+        first = next(place for place, value in enumerate(likeness) if value >= 0.6 * max(likeness))
+        places = [first] if tokens is None else tokens[n]
+        beta = concept.bias if bias is None else bias[n]
+        gate[list(places), n] = torch.sigmoid(torch.tensor((1 - beta) / concept.temperature))
+    return torch.stack(coef, -1), gate
+
+
 def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields):
     """A concept for a pipeline with random numbers, so that it has an effect and two seeds differ."""
     generator = torch.Generator().manual_seed(seed)
@@ -498,7 +520,12 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
             "target_input": i_star,
             "inverse_target_input": i_star + 0.3 * random(len(i_super)),
             "superclass_input": i_super,
-            "target_outputs": {name: random(layer.inner_kv_dim) for name, layer in layers.items()},
+            "inverse_superclass_input": i_super + 0.3 * random(len(i_super)),
+            # Large enough that one position of a prompt is seen in a tiny model's image; Cosmos returns bytes.
+            "target_outputs": {
+                name: (40 if "Cosmos" in family.name else 4) * random(layer.inner_kv_dim)
+                for name, layer in layers.items()
+            },
             "base_model": "tiny",
             **fields,
         }
@@ -590,6 +617,8 @@ def training_settings(tmp_path, images_folder, fresh_accelerate):
         "mask": "none",
         "train_batch_size": 4,
         "max_train_steps": 4,
+        # As many steps do as much in a longer training.
+        "lr_scheduler": "constant",
         "lr_warmup_steps": 0,
     }
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import LENGTH, WIDTH
+from conftest import LENGTH, WIDTH, expected_gates
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -25,7 +25,6 @@ from diffusers_perfusion.attention_processor import (
     wrap,
 )
 from diffusers_perfusion.model_families import cross_attention_layers
-from diffusers_perfusion.rank_one_edit import gates
 
 PROCESSORS = {
     "AttnProcessor": AttnProcessor,
@@ -54,17 +53,11 @@ def encodings(seed=0):
 def edit_of(concepts, hidden_states=None, **fields):
     """The edit of concepts in the last row of `encodings()`."""
     hidden_states = encodings() if hidden_states is None else hidden_states
-    target_input = torch.stack([concept.target_input.float() for concept in concepts])
-    coef, gate = gates(
-        hidden_states,
-        target_input,
-        torch.stack([concept.inverse_target_input.float() for concept in concepts]),
-        torch.tensor([concept.bias for concept in concepts]),
-        torch.tensor([concept.temperature for concept in concepts]),
-    )
+    rows = [expected_gates(row, *concepts) for row in hidden_states]
+    coef, gate = (torch.stack(parts) for parts in zip(*rows, strict=True))
     held = torch.tensor([0.0, 1.0])[:, None, None]
     superclass_input = torch.stack([concept.superclass_input.float() for concept in concepts])
-    return Edit(tuple(concepts), target_input, superclass_input, coef * held, gate * held, **fields)
+    return Edit(tuple(concepts), superclass_input, coef, gate * held, **fields)
 
 
 class Source:
@@ -105,23 +98,18 @@ def record(unet):
 
 
 def edited(e, weight, concepts, outputs):
-    """`W e_⊥J + Σ_j gate_j o_j + rest_j W s_j` with dense matrices in float64, for hidden states `(length, d)`."""
-    i = torch.stack([concept.target_input for concept in concepts]).double()
-    c_inv_i = torch.stack([concept.inverse_target_input for concept in concepts]).double()
-    e, weight, outputs = e.double(), weight.double(), torch.stack(list(outputs)).double()
-    coordinates = torch.linalg.inv(c_inv_i @ i.T) @ c_inv_i
-    onto = i.T @ coordinates
-    h = e @ (torch.eye(WIDTH).double() - onto).T @ weight.T
-    for concept, o, coef in zip(concepts, outputs, coordinates @ e.T, strict=True):
-        inverse = concept.inverse_target_input.double()
-        sim = e @ inverse / (concept.target_input.double() @ inverse)
-        gate = torch.sigmoid((sim - concept.bias) / concept.temperature)
-        h = h + gate[:, None] * o + torch.relu(coef - gate)[:, None] * (weight @ concept.superclass_input.double())
+    """`W e + Σ_j gate_j (o_j − coef_j W i_j)` in float64, for hidden states `(length, d)`."""
+    coefs, gates = (part.double() for part in expected_gates(e, *concepts))
+    weight = weight.double()
+    h = e.double() @ weight.T
+    for concept, o, coef, gate in zip(concepts, outputs, coefs.T, gates.T, strict=True):
+        removed = coef[:, None] * (weight @ concept.superclass_input.double())
+        h = h + gate[:, None] * (o.double() - removed)
     return h.float()
 
 
 def check_keys_and_values(recorders, concepts, key_weights, value_weights, bias=0.0):
-    """Compare what the recorders hold of `encodings()` with equation 4 under local key-locking."""
+    """Compare what the recorders hold of `encodings()` with the edit under local key-locking."""
     for name, recorder in recorders.items():
         w_k, w_v = key_weights[name], value_weights[name]
         key = edited(encodings()[1], w_k, concepts, [w_k @ concept.superclass_input for concept in concepts])
@@ -141,7 +129,7 @@ def weights(unet, projection):
 
 
 @NAMES
-def test_keys_and_values_are_those_of_equation_4_with_locked_keys(unet, concepts_of, names):
+def test_keys_and_values_are_edited_with_locked_keys(unet, concepts_of, names):
     concepts, recorders = concepts_of(*names), record(unet)
     wrap_all(unet, Source(edit_of(concepts)))
     predict(unet)
@@ -233,6 +221,8 @@ def test_half_precision_models_are_edited(unet, concepts_of, dtype, locking):
 
 def test_a_concept_in_half_precision_is_edited_under_autocast(unet, concepts_of):
     concepts = concepts_of("my-cat", bias=0.1)
+    for output in concepts[0].target_outputs.values():
+        output.mul_(5)  # so that the edit is far above the rounding
     source = Source(edit_of(concepts))
     wrap_all(unet, source)
     with torch.autocast("cpu", torch.bfloat16):
@@ -404,13 +394,23 @@ def test_a_processor_that_wraps_ours_and_is_wrapped_edits_once(unet, concepts_of
 # The processor alone
 
 
+def rows_with(*concepts):
+    """Hidden states of which each row holds every concept, and little else."""
+    e = encodings() / 10
+    for number, concept in enumerate(concepts):
+        concept.target_input = concept.inverse_target_input = 10 * torch.eye(WIDTH)[number]  # easily told apart
+        e[:, 2 + number] = concept.target_input
+    return e
+
+
 @NAMES
-def test_the_content_gate_edits_every_row_as_equation_4_does(unet, concepts_of, names):
+def test_the_content_gate_edits_rows_where_it_finds_the_concepts(unet, concepts_of, names):
     concepts, recorders = concepts_of(*names), record(unet)
+    rows = rows_with(*concepts)
     unet.set_attn_processor(attn_processors(concepts, unet))
-    predict(unet)
+    predict(unet, rows)
     for name, layer in cross_attention_layers(unet).items():
-        for number, e in enumerate(encodings()):
+        for number, e in enumerate(rows):
             w_k, w_v = layer.to_k.weight, layer.to_v.weight
             key = edited(e, w_k, concepts, [w_k @ concept.superclass_input for concept in concepts])
             value = edited(e, w_v, concepts, [concept.target_outputs[name] for concept in concepts])
@@ -418,36 +418,30 @@ def test_the_content_gate_edits_every_row_as_equation_4_does(unet, concepts_of, 
             torch.testing.assert_close(recorders[name].value[number], value, atol=2e-5, rtol=1e-4)
 
 
-def test_the_content_gate_of_one_concept_is_that_of_equation_3(concepts_of):
-    (concept,) = concepts_of("my-cat", bias=0.3, temperature=0.2)
-    edit = ContentGate([concept]).edit_for(encodings(), "layer")
-    norm = concept.target_input @ concept.inverse_target_input
-    for e, coef, gate in zip(encodings().flatten(0, 1), edit.coef.flatten(), edit.gate.flatten(), strict=True):
-        similarity = e @ concept.inverse_target_input / norm
-        torch.testing.assert_close(coef, similarity)
-        torch.testing.assert_close(gate, 1 / (1 + torch.exp(-(similarity - 0.3) / 0.2)))
+@NAMES
+def test_the_content_gate_leaves_rows_alone_in_which_nothing_is_like_a_concept(concepts_of, names):
+    concepts = concepts_of(*names)
+    e = rows_with(*concepts)
+    e[1] *= 1e-3
+    edit = ContentGate(concepts).edit_for(e, "layer")
+    assert edit.gate[0].any(0).all() and not edit.gate[1].any()
 
 
 @pytest.mark.parametrize(
     ("settings", "bias", "temperature"),
     [
-        ({}, [0.4, 0.4], [0.3, 0.3]),
-        ({"bias": 0.7}, [0.7, 0.7], [0.3, 0.3]),
-        ({"bias": [0.7, 0.1], "temperature": 0.5}, [0.7, 0.1], [0.5, 0.5]),
+        ({}, [0.4, 0.4], 0.3),
+        ({"bias": 0.7}, [0.7, 0.7], 0.3),
+        ({"bias": [0.7, 0.1], "temperature": 0.5}, [0.7, 0.1], 0.5),
     ],
 )
 def test_settings_of_the_content_gate(concepts_of, settings, bias, temperature):
     concepts = concepts_of("my-cat", "my-dog", bias=0.4, temperature=0.3)
-    edit = ContentGate(concepts, **settings).edit_for(encodings(), "layer")
-    for n, concept in enumerate(concepts):
-        similarity = edited_similarity(concept)
-        torch.testing.assert_close(edit.gate[..., n], torch.sigmoid((similarity - bias[n]) / temperature[n]))
-
-
-def edited_similarity(concept):
-    """`sim(i, e)/‖i‖²` of `encodings()`."""
-    inverse = concept.inverse_target_input
-    return encodings() @ inverse / (concept.target_input @ inverse)
+    rows = rows_with(*concepts)
+    edit = ContentGate(concepts, **settings).edit_for(rows, "layer")
+    for n in range(2):
+        expected = torch.sigmoid(torch.tensor((1 - bias[n]) / temperature))
+        torch.testing.assert_close(edit.gate[:, 2 + n, n], expected.expand(2))
 
 
 @pytest.mark.parametrize("name", ["bias", "temperature"])
@@ -458,11 +452,12 @@ def test_settings_are_one_for_all_concepts_or_one_each(unet, concepts_of, name):
 
 
 def test_the_content_gate_is_computed_once_for_each_batch(concepts_of):
-    source, e = ContentGate(concepts_of("my-cat")), encodings()
+    (concept,) = concepts_of("my-cat")
+    source, e = ContentGate([concept]), rows_with(concept)
     first = source.edit_for(e, "layer")
     assert source.edit_for(e, "layer") is first
     assert torch.equal(source.edit_for(e.mul_(2), "layer").coef, 2 * first.coef)
-    assert torch.equal(source.edit_for(encodings(), "layer").coef, first.coef)
+    assert torch.equal(source.edit_for(rows_with(concept), "layer").coef, first.coef)
 
 
 def test_a_processor_that_has_edited_can_be_pickled(unet, concepts_of):
@@ -476,14 +471,16 @@ def test_a_processor_that_has_edited_can_be_pickled(unet, concepts_of):
 @NAMES
 @pytest.mark.parametrize("bias", [None, 0.2])
 def test_processors_alone_give_the_images_of_the_pipeline_where_every_row_holds_the_tokens(
-    pipeline, generate, concepts_of, names, bias
+    pipeline, generate, concepts_of, names, bias, monkeypatch
 ):
+    monkeypatch.setattr("diffusers_perfusion.attention_processor.MIN_SIMILARITY", -torch.inf)  # concepts are random
     concepts = concepts_of(*names)
     prompts = [" on the beach ".join(f"<{name}>" for name in names), "a photo of " + " ".join(f"<{n}>" for n in names)]
     pipeline.load_perfusion(concepts)
     rows, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
     arguments = {"prompt": None, "prompt_embeds": rows, "guidance_scale": 1.0}
     pipeline.set_perfusion(bias=bias)
+    pipeline.mark_perfusion(rows)  # so that tokens are found, and not known
     expected = generate(prompts, **arguments)
     pipeline.unload_perfusion()
     plain = generate(prompts, **arguments)
@@ -505,14 +502,15 @@ def test_processors_of_other_layers_stay(unet, concepts_of):
 
 def test_one_layer_may_be_edited_alone(unet, concepts_of):
     (concept,) = concepts_of("my-cat")
+    rows = rows_with(concept)
     name, layer = next(iter(cross_attention_layers(unet).items()))
     layer.set_processor(PerfusionAttnProcessor(concept, name, bias=0.2, temperature=0.5))
     assert isinstance(layer.processor.processor, AttnProcessor2_0)
-    alone = predict(unet)
+    alone = predict(unet, rows)
     layer.set_processor(PerfusionAttnProcessor([concept], name, [0.2], [0.5], AttnProcessor2_0()))
-    assert torch.equal(predict(unet), alone)
+    assert torch.equal(predict(unet, rows), alone)
     layer.set_processor(AttnProcessor2_0())
-    assert not torch.allclose(predict(unet), alone, atol=1e-3)
+    assert not torch.allclose(predict(unet, rows), alone, atol=1e-3)
 
 
 def test_a_layer_without_an_output_is_an_error(concepts_of):

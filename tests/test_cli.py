@@ -295,7 +295,7 @@ def test_a_sweep_over_checkpoints_can_choose_the_training_step(
         PerfusionConcept.load(path / "perfusion.safetensors") for path in (folder, folder / "checkpoint-2")
     )
     assert (written.bias, written.training["steps"]) == (0.6, 2)
-    assert torch.equal(written.target_input, chosen.target_input)
+    assert torch.equal(written.superclass_input, chosen.superclass_input)
 
 
 def test_a_sweep_over_checkpoints_needs_some(sweep_arguments, concepts, capsys):

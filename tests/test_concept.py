@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from diffusers_perfusion import PerfusionConcept
 from diffusers_perfusion.concept_file import WEIGHT_NAME, ConceptHeader
 
 WIDTH = 32
-VECTORS = ("target_input", "inverse_target_input", "superclass_input")
+VECTORS = ("target_input", "inverse_target_input", "superclass_input", "inverse_superclass_input")
 TENSORS = ("token_embeddings.0", *VECTORS)
 
 
 def random_concept(width=WIDTH, layers=None, **given):
     generator = torch.Generator().manual_seed(0)
-    target_input = torch.randn(width, generator=generator)
+    target_input, superclass_input = torch.randn(2, width, generator=generator)
     return PerfusionConcept(
         **{
             "placeholder_token": "<My-Cat>",
@@ -25,7 +25,8 @@ def random_concept(width=WIDTH, layers=None, **given):
             "token_embeddings": [torch.randn(24, generator=generator)],
             "target_input": target_input,
             "inverse_target_input": 1e6 * (target_input + 0.1 * torch.randn(width, generator=generator)),
-            "superclass_input": torch.randn(width, generator=generator),
+            "superclass_input": superclass_input,
+            "inverse_superclass_input": 1e6 * (superclass_input + 0.1 * torch.randn(width, generator=generator)),
             "target_outputs": {
                 name: torch.randn(size, generator=generator)
                 for name, size in (layers or {"down.0.attn2": 16, "mid.attn2": 32}).items()
@@ -58,12 +59,13 @@ def test_a_saved_concept_comes_back(tmp_path, arguments, tolerance):
     assert tensors.keys() == dict(concept._tensors()).keys()
     for name, tensor in concept._tensors():
         assert tensors[name].dtype == arguments.get("dtype", torch.float16)
-        if name != "inverse_target_input":
+        if not name.startswith("inverse_"):
             torch.testing.assert_close(tensors[name].float(), tensor, atol=tolerance, rtol=tolerance)
-    # The scale of C⁻¹ i* is free, and would not fit into float16 here.
-    ratio = loaded.inverse_target_input.float() / concept.inverse_target_input
-    torch.testing.assert_close(ratio, ratio.mean().expand(WIDTH), atol=0, rtol=5 * tolerance + 1e-6)
-    assert ratio.mean() > 0
+    # The scale of C⁻¹ i is free, and would not fit into float16 here.
+    for name in ("inverse_target_input", "inverse_superclass_input"):
+        ratio = getattr(loaded, name).float() / getattr(concept, name)
+        torch.testing.assert_close(ratio, ratio.mean().expand(WIDTH), atol=0, rtol=5 * tolerance + 1e-6)
+        assert ratio.mean() > 0
 
 
 def test_state_dict_has_the_contents_of_the_file(tmp_path):
@@ -198,6 +200,8 @@ BAD_TENSORS = [
     ("inverse_target_input", torch.zeros(WIDTH)),
     ("superclass_input", torch.ones(WIDTH + 1)),
     ("superclass_input", torch.tensor(1.0)),
+    ("inverse_superclass_input", torch.ones(WIDTH - 1)),
+    ("inverse_superclass_input", torch.zeros(WIDTH)),
     ("target_outputs", {}),
     ("target_outputs", {"mid.attn2": torch.ones(2, 2)}),
     ("target_outputs", {"mid.attn2": -NOT_FINITE}),
@@ -211,10 +215,10 @@ def test_constructor_names_the_bad_field(name, value):
     assert len(str(caught.value)) < 300
 
 
-def test_target_input_and_its_inverse_from_different_trainings_are_refused():
-    concept = random_concept()
-    with pytest.raises(ValueError, match="inverse_target_input"):
-        random_concept(inverse_target_input=-concept.inverse_target_input)
+@pytest.mark.parametrize("name", ["inverse_target_input", "inverse_superclass_input"])
+def test_an_input_and_its_inverse_from_different_trainings_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        random_concept(**{name: -getattr(random_concept(), name)})
 
 
 # Folders, as diffusers saves models.
@@ -254,6 +258,12 @@ def test_an_ordinary_pipeline_generates_a_concept_with_standard_calls(
 ):
     """The same image as a Perfusion pipeline's, to the bit where every row holds the token."""
     concept, prompt = make_concept(bias=0.7), "a <my-cat> on the beach"
+    pipeline.load_perfusion(concept)
+    # As after a training, the target input is what the text encoder gives at the token.
+    place = pipeline.tokenizer(prompt).input_ids.index(pipeline.tokenizer.convert_tokens_to_ids("<my-cat>"))
+    target_input = pipeline.encode_prompt(prompt, "cpu", 1, False)[0][0, place].detach()
+    concept = replace(concept, target_input=target_input, inverse_target_input=target_input)
+    pipeline.unload_perfusion()
     pipeline.load_perfusion(concept)
     expected = generate(prompt, guidance_scale=1.0)
     pipeline.unload_perfusion()

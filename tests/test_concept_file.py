@@ -163,15 +163,16 @@ def test_a_file_without_target_outputs_is_refused(tmp_path):
     refuse(write(tmp_path / "cat", outputs), "target_outputs is empty")
 
 
-@pytest.mark.parametrize("version", [None, 0, 1, 3, "2", [2]])
+@pytest.mark.parametrize("version", [None, 0, 1, 2, 4, "3", [3]])
 def test_another_format_version_is_named(tmp_path, version):
-    message = refuse(write(tmp_path / "cat", header={"format_version": version}), "format version .* reads version 2;")
+    message = refuse(write(tmp_path / "cat", header={"format_version": version}), "format version .* reads version 3;")
     assert "train the concept again" in message and "\n" not in message
 
 
 def test_a_width_that_is_not_that_of_the_tensors_is_refused(tmp_path):
     refuse(write(tmp_path / "cat", header={"width": 768}), f"has {WIDTH} numbers, but the header says 768")
-    refuse(write(tmp_path / "cat", {"superclass_input": torch.ones(7)}), "superclass_input has 7 numbers")
+    seven = {"inverse_superclass_input": torch.ones(7)}
+    refuse(write(tmp_path / "cat", seven), "inverse_superclass_input has 7 numbers")
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,11 @@ def check(concept, pipeline, c_inv, source):
     assert (concept.placeholder_token, concept.superclass) == ("<my-cat>", "cat")
     assert (concept.bias, concept.temperature) == (0.7, 0.15) and concept.training == {"converted_from": source}
     assert torch.equal(concept.token_embeddings[0], random(1, WIDTH, seed=2)[0])
+    i_super = superclass_input(family_of(pipeline), "cat")
     assert torch.equal(concept.target_input, random(WIDTH))
     torch.testing.assert_close(concept.inverse_target_input, c_inv @ random(WIDTH))
-    assert torch.equal(concept.superclass_input, superclass_input(family_of(pipeline), "cat"))
+    assert torch.equal(concept.superclass_input, i_super)
+    torch.testing.assert_close(concept.inverse_superclass_input, c_inv @ i_super)
 
 
 def test_outputs_of_every_position_become_those_of_the_placeholder_token(read, chendaryen, pipeline, widths, c_inv):

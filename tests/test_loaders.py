@@ -8,11 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_unet, make_vae
+from conftest import LENGTH, make_unet, make_vae
 from diffusers import AutoencoderKL, DiTPipeline, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
-from diffusers_perfusion import PerfusionConcept, PerfusionPipeline, add_perfusion
+from diffusers_perfusion import PerfusionConcept, PerfusionPipeline, add_perfusion, concept_file
 from diffusers_perfusion.attention_processor import PerfusionAttnProcessor
 from diffusers_perfusion.concept import WEIGHT_NAME
 from diffusers_perfusion.registry import registry_of
@@ -161,13 +161,13 @@ def test_loading_does_not_change_the_given_concept(pipeline, cat, generate):
 
 
 def with_width(width):
-    return dict.fromkeys(["target_input", "inverse_target_input", "superclass_input"], torch.ones(width))
+    return dict.fromkeys(concept_file.VECTORS, torch.ones(width))
 
 
 def test_a_loaded_concept_does_not_change_with_the_given_one(pipeline, cat, generate):
     pipeline.load_perfusion(cat)
     before = generate(CAT)
-    cat.placeholder_token, cat.bias, cat.target_input = "<other>", 1.5, -cat.target_input
+    cat.placeholder_token, cat.bias, cat.superclass_input = "<other>", 1.5, -cat.superclass_input
     cat.target_outputs.clear()
     pipeline.set_perfusion()
     assert torch.equal(generate(CAT), before)
@@ -660,6 +660,28 @@ def test_embeddings_of_ones_own_are_known_once_they_are_marked(pipeline, cat, do
             pipeline.mark_perfusion(other)
 
 
+def test_marked_embeddings_may_come_with_the_positions_of_their_tokens(pipeline, cat, dog, generate):
+    pipeline.load_perfusion([cat, dog])
+    prompt = "a <my-cat> on a <my-dog>"
+    expected = generate(prompt)
+    ids = pipeline.tokenizer(prompt).input_ids
+    places = {
+        name: [ids.index(pipeline.tokenizer.convert_tokens_to_ids(f"<{name}>"))] for name in ("my-cat", "my-dog")
+    }
+    positive, negative = pipeline.encode_prompt(prompt, "cpu", 1, True)
+    embeddings = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
+    pipeline.mark_perfusion(positive, places)
+    assert torch.equal(generate(prompt, **embeddings), expected)
+    pipeline.mark_perfusion(positive, {name: [5 + place] for name, (place,) in places.items()})
+    assert differ(generate(prompt, **embeddings), expected)
+    for place in (-1, LENGTH, 1.5):
+        message = rf"position {place} of 'my-dog' is not in prompt_embeds; expected 0 to {LENGTH - 1}"
+        with pytest.raises(ValueError, match=message):
+            pipeline.mark_perfusion(positive, {"my-cat": [1], "my-dog": [2, place]})
+    with pytest.raises(ValueError, match="position 2 is given for 'my-cat' and 'my-dog'"):
+        pipeline.mark_perfusion(positive, {"my-cat": [1, 2], "my-dog": [2]})
+
+
 def test_without_guidance(pipeline, cat, generate):
     bare = generate(PROMPTS, guidance_scale=1.0)
     pipeline.load_perfusion(cat)
@@ -678,7 +700,7 @@ def test_a_token_in_the_negative_prompt_is_a_concept_too(pipeline, cat, generate
 
 
 @pytest.mark.parametrize(
-    "change", [lambda pipe: pipe.disable_perfusion(), lambda pipe: pipe.set_perfusion(bias=0.1, temperature=0.5)]
+    "change", [lambda pipe: pipe.disable_perfusion(), lambda pipe: pipe.set_perfusion(bias=1.5, temperature=0.5)]
 )
 def test_a_callback_may_change_settings_midway(pipeline, cat, generate, change):
     def on_step_end(pipe, step, timestep, arguments, at):

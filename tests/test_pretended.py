@@ -53,7 +53,7 @@ def test_training_waits_for_nothing_and_gives_the_same_concept(
     assert [[wait for wait in waits if not wait.startswith(theirs)] for waits in others] == [[]] * 3
     assert main(["train", *flags(settings | {"output_dir": tmp_path / "here"})]) == 0
     here, there = (PerfusionConcept.load(tmp_path / name / "perfusion.safetensors") for name in ("here", "there"))
-    assert torch.equal(here.target_input, there.target_input)
+    assert torch.equal(here.superclass_input, there.superclass_input)
     for layer, output in here.target_outputs.items():
         assert torch.equal(output, there.target_outputs[layer])
 

@@ -3,13 +3,17 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import ceiling
 import compare
 import file_sizes
 import numpy as np
 import plain_prompts
+import prompt_forms
 import pytest
 import report
 import run
@@ -19,6 +23,7 @@ import two_concepts
 from accelerate.state import AcceleratorState, GradientState
 from icons import BASE_RENDITIONS, CONCEPT_RENDITION, load_sprites
 from PIL import Image
+from subjects import Prompt
 from variants import Base, Baseline, Perfusion
 from world import Thing
 
@@ -65,15 +70,25 @@ def test_a_panel_is_trained_generated_and_reported_once(short, monkeypatch, tmp_
     results = tmp_path / "results"
     report.main(["--output_dir", str(tmp_path), "--report_dir", str(results)])
     rows = json.loads((results / "main.json").read_text())["rows"]
-    table = (results / "main.md").read_text().splitlines()[2:]
+    of_plain, of_natural, of_appearance = (
+        [prompt.family == family for prompt in subjects.PROMPTS] for family in subjects.FAMILIES
+    )
+    points, families = ((results / "main.md").read_text()).split("\n\n")
+    table = points.splitlines()[2:]
     assert [row["variant"] for row in rows] == ["base", "lora"]
     for row, line in zip(rows, table, strict=True):
-        identity, text, share = np.mean(row["cells"], 0)
+        identity, text, share = np.nanmean(np.array(row["cells"], float), 0)
         columns = [column.strip() for column in line.strip("|").split("|")]
         assert columns[0] == row["variant"]
         assert float(columns[3].split()[0]) == pytest.approx(identity, abs=2e-3)
         assert float(columns[4].split()[0]) == pytest.approx(text, abs=2e-3)
         assert float(columns[5].split()[0]) == pytest.approx(share, abs=2e-3)
+    for row, line in zip(rows, families.splitlines()[2:], strict=True):
+        cells = np.array(row["cells"], float)
+        columns = [column.strip() for column in line.strip("|").split("|")]
+        expected = [cells[of_plain, 0].mean(), cells[of_plain, 1].mean(), cells[of_natural, 0].mean()]
+        expected += [cells[of_natural, 1].mean(), cells[of_appearance, 1].mean(), cells[of_appearance, 2].mean()]
+        assert [float(column.split()[0]) for column in columns[3:]] == pytest.approx(expected, abs=2e-3)
     for name in ("main.png", "robot.png"):
         with Image.open(results / name) as image:
             assert image.width > 300
@@ -104,12 +119,13 @@ def trained(runs, tmp_path, monkeypatch):
 
 def test_plain_prompts_are_generated_before_and_while_a_concept_is_loaded(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(plain_prompts, "TEST", ("robot",))
-    monkeypatch.setattr(plain_prompts, "PROMPTS", ("a {} in space",))
+    monkeypatch.setattr(plain_prompts, "PROMPTS", (Prompt("plain", "a {} in space", "a {} in space"),))
     arguments = ["--output_dir", str(trained), "--report_dir", str(tmp_path)]
     plain_prompts.main(arguments)
     assert json.loads((tmp_path / "plain_prompts.json").read_text()) == {"robot": 0.0}
 
-    monkeypatch.setattr(plain_prompts, "PROMPTS", ("a <my-robot> in space",))
+    token = "a <my-robot> in space"
+    monkeypatch.setattr(plain_prompts, "PROMPTS", (Prompt("plain", token, token),))
     plain_prompts.main(arguments)
     assert json.loads((tmp_path / "plain_prompts.json").read_text())["robot"] > 0.01
 
@@ -136,7 +152,7 @@ def test_sizes_are_of_what_each_method_stores(tmp_path):
 
 
 def test_every_part_is_run(monkeypatch, tmp_path):
-    parts = (compare, report, two_concepts, plain_prompts, ceiling, file_sizes)
+    parts = (compare, report, two_concepts, plain_prompts, prompt_forms, ceiling, file_sizes)
     calls = []
     for part in parts:
         monkeypatch.setattr(part, "main", lambda args, name=part.__name__: calls.append((name, args)))
@@ -144,6 +160,13 @@ def test_every_part_is_run(monkeypatch, tmp_path):
     assert {name for name, _ in calls} == {part.__name__ for part in parts}
     assert [args[1] for name, args in calls if name == "report"] == list(compare.PANELS)
     assert all(str(tmp_path) in args for name, args in calls if name != "compare")
+
+
+@pytest.mark.parametrize("script", ["run", "metric_trust"])
+def test_scripts_start_alone(script):
+    path = Path(run.__file__).with_name(f"{script}.py")
+    result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True)
+    assert "usage" in result.stdout
 
 
 # Two concepts
@@ -156,7 +179,7 @@ def test_both_subjects_of_an_image_are_counted(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(two_concepts, "ENTRIES", two_concepts.ENTRIES[:2])
     two_concepts.main(["--seeds", "1", "--output_dir", str(trained), "--report_dir", str(tmp_path)])
     counted = json.loads((tmp_path / "two_concepts.json").read_text())
-    assert list(counted)[2:] == ["base model, two nouns", "Perfusion, β 1.0"]
+    assert list(counted)[2:] == ["base model, two nouns", "Perfusion, β 0.7"]
     for shares in counted.values():
         assert list(shares) == list(two_concepts.MEASURES)
         assert all(0 <= share["low"] <= share["mean"] <= share["high"] <= 1 for share in shares.values())

@@ -1,12 +1,15 @@
 """The evaluators beside the pocket model, and the report on how far they can be trusted."""
 
+import random
 from pathlib import Path
 
 import icons
 import metric_trust
 import pytest
 import scenes
+import subjects
 import torch
+import world
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor, Dinov2Model
 
@@ -71,6 +74,29 @@ def test_identity_is_highest_for_the_same_thing(sprites, monkeypatch):
         assert rows["another noun"]["below the same thing"] > 0.8
 
 
+@pytest.mark.parametrize("prompt", subjects.PROMPTS, ids=lambda prompt: prompt.text)
+def test_every_prompt_of_the_comparison_is_a_scene_of_the_world(sprites, prompt):
+    seen, _ = sprites
+    thing = world.Thing("tropical-fish", icons.CONCEPT_RENDITION)
+    scene = metric_trust.scene_of(prompt.caption, thing, seen, random.Random(0))
+    assert scene.caption == prompt.caption.format("fish")
+    assert icons.CONCEPT_RENDITION in [one.rendition for one in (scene.subject, scene.companion) if one]
+
+
+def test_true_images_of_prompts_are_found_and_more_alike_than_another_rendition(sprites):
+    seen, held_out = sprites
+    clip, identity = (
+        kind.from_pretrained(str(EVALUATORS / name))
+        for kind, name in ((ClipEncoder, "clip"), (IdentityEncoder, "identity"))
+    )
+    report = metric_trust.measure_prompts(clip, identity, held_out, seen, count=1)
+    assert list(report) == list(subjects.FAMILIES)
+    for rows in report.values():
+        assert rows["asked for and found"]["mean"] > 0.7
+    assert report["plain"][metric_trust.SAME]["mean"] > 0.3
+    assert report["plain"]["another rendition below it"]["mean"] > 0.6
+
+
 def test_an_encoder_that_cannot_see_is_right_half_the_time(sprites):
     seen, _ = sprites
 
@@ -85,11 +111,12 @@ def test_an_encoder_that_cannot_see_is_right_half_the_time(sprites):
     assert all(row["low"] - 0.05 < 0.5 < row["high"] + 0.05 for row in rows.values())
 
 
-def test_the_report_is_two_tables():
+def test_the_report_is_three_tables():
     score = {"mean": 0.5, "low": -0.25, "high": 0.75, "below the same thing": 0.9}
     report = {
         "identity": {"alone": {metric_trust.SAME: score, "another noun": score}},
         "clip": {"scenes": {"place": score}, "images": {"place": score}},
+        "prompts": {"plain": {"found": score}, "natural": {"found": score}},
     }
     assert metric_trust.markdown(report).splitlines()[2:] == [
         "| the same thing | 0.50 (-0.25 to 0.75) |",
@@ -98,4 +125,8 @@ def test_the_report_is_two_tables():
         "| CLIP is right, with one | scenes | images |",
         "|---|---|---|",
         "| place | 50% (-25% to 75%) | 50% (-25% to 75%) |",
+        "",
+        "| true images of the comparison's subjects and prompts | plain | natural |",
+        "|---|---|---|",
+        "| found | 0.50 (-0.25 to 0.75) | 0.50 (-0.25 to 0.75) |",
     ]

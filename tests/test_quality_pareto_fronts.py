@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from subjects import PROMPTS, rephrased
+from subjects import FAMILIES, PROMPTS, rephrased
 
 from diffusers_perfusion.evaluation import Scores
 
@@ -105,9 +105,12 @@ def test_images_of_a_run_are_scored_by_point_prompt_and_seed(tmp_path, monkeypat
         tmp_path, ["variant", "not run"], ["robot", "chair"], SeesNothing(), None
     ).values()
     assert scored.scores.shape == (2, 2 * len(PROMPTS), 3)
-    assert scored.scores[0, :, 0] == pytest.approx(0.2)
+    comparable = np.resize([prompt.family != "appearance" for prompt in PROMPTS], 2 * len(PROMPTS))
+    assert np.isnan(scored.scores[:, ~comparable, 0]).all()
+    assert scored.scores[0, comparable, 0] == pytest.approx(0.2)
     assert scored.scores[1, [3, 3 + len(PROMPTS)], 0] == pytest.approx(0.2)
-    assert scored.scores[1, :, 0].sum() == pytest.approx(0.4)
+    assert np.nansum(scored.scores[1, :, 0]) == pytest.approx(0.4)
+    assert scored.means[0] == pytest.approx([0.2, 0.5, 1])
     assert scored.scores[0, :, 1].tolist() == [1.0] * len(PROMPTS) + [0.0] * len(PROMPTS)
     assert (scored.seconds, scored.bytes) == (2.0, 7)
 
@@ -125,23 +128,40 @@ class Reads:
 
 def test_what_is_asked_for_is_found_part_by_part():
     images = ["robot top hat city", "robot top hat beach", "robot crown beach", "top hat city"]
-    assert pareto_fronts.found(Reads(), images, "a robot wearing a top hat in the city") == [1, 0.5, 0, 1]
+    assert pareto_fronts.found(Reads(), images, "a {} wearing a top hat in the city", "robot") == [1, 0.5, 0, 1]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_prompt_asks_for_one_place_and_perhaps_a_companion(prompt):
-    prompts = rephrased(prompt.format("mug"))
-    assert len(prompts) == (1 if prompt in PROMPTS[:4] else 2)
-    for own, *others in prompts:
-        assert own == prompt.format("mug") and own not in others
-        assert len({*others}) == len(others) >= 6
-        assert all("  " not in other and "mug" in other for other in others)
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt.text)
+def test_a_prompt_asks_for_one_place_and_perhaps_for_more(prompt):
+    captions = rephrased(prompt.caption, "mug")
+    more = ("wearing", "and a", "a cat next to", "dog wearing", "horse wearing", "on top of", "red {}", "blue {}")
+    more += ("black and white", "pixel art")
+    assert len(captions) == 1 + sum(prompt.caption.count(phrase) for phrase in more)
+    for own, *others in captions:
+        assert own == prompt.caption.format("mug") and own not in others
+        assert len({*others}) == len(others) >= 3
+        assert all("  " not in other and "mug" in other and "{}" not in other for other in others)
+    assert prompt.text.count("{}") == prompt.caption.count("{}") == 1
 
 
-def test_steps_to_an_identity_are_between_those_of_two_points():
-    points = [{"steps": 10}, {"steps": 20}, {"steps": 40}, {"steps": 80}]
-    means = np.array([[0.3, 0.8], [0.4, 0.7], [0.35, 0.72], [0.6, 0.5]])
-    assert pareto_fronts.steps_to(points, means, 0.35) == pytest.approx((15, 0.75))
-    assert pareto_fronts.steps_to(points, means, 0.5) == pytest.approx((60, 0.61))
-    assert pareto_fronts.steps_to(points, means, 0.2) == pytest.approx((10, 0.8))
-    assert np.isnan(pareto_fronts.steps_to(points, means, 0.7)).all()
+def test_every_family_has_its_prompts():
+    families = [prompt.family for prompt in PROMPTS]
+    assert [families.count(family) for family in FAMILIES] == [8, 6, 6]
+    plain = [prompt.text for prompt in PROMPTS if prompt.family == "plain"]
+    assert all(text.startswith("a {}") for text in plain)
+    assert not any(prompt.text.startswith("a {}") for prompt in PROMPTS if prompt.family == "natural")
+    assert max(len(prompt.text.split()) for prompt in PROMPTS) == 25
+
+
+def test_a_front_is_reported_by_families_of_prompts():
+    plain, natural, appearance = ([prompt.family == family for prompt in PROMPTS] for family in FAMILIES)
+    scores = np.zeros((1, 2 * len(PROMPTS), 3))
+    one, two = scores[0, : len(PROMPTS)], scores[0, len(PROMPTS) :]
+    one[plain], one[natural], one[appearance] = (0.5, 0.1, 0), (0.4, 0.2, 0), (np.nan, 0.3, 0)
+    two[plain], two[natural], two[appearance] = (0.5, 0.1, 0), (0.2, 0.2, 0), (np.nan, 0.3, 0)
+    front = pareto_fronts.ParetoFront("front", [{"steps": 1, "knob": None}], scores, 1.0, 10)
+    assert [front.of_family(family).means[0, 1] for family in FAMILIES] == pytest.approx([0.1, 0.2, 0.3])
+    assert front.of_family("natural").scores.shape == (1, 12, 3)
+    ((ratio, (low, high), lowest),) = front.ratios()
+    assert (ratio, lowest) == pytest.approx((0.6, 0.4))
+    assert low < ratio < high

@@ -3,15 +3,15 @@
 import copy
 import gc
 import logging
+from dataclasses import replace
 from threading import Thread
 
 import pytest
 import torch
-from conftest import LENGTH, WIDTH, random_concept
+from conftest import LENGTH, WIDTH, expected_gates, random_concept
 
 from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.placeholder_tokens import PlaceholderTokens
-from diffusers_perfusion.rank_one_edit import gates
 from diffusers_perfusion.registry import ConceptRegistry, registry_of
 
 
@@ -32,22 +32,9 @@ def row(seed):
     return torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def expected_gates(hidden_states, *concepts):
-    """`coef` and `gate` of concepts by the function that knows no registry."""
-    return gates(
-        hidden_states,
-        torch.stack([concept.target_input for concept in concepts]),
-        torch.stack([concept.inverse_target_input for concept in concepts]),
-        torch.tensor([concept.bias for concept in concepts]),
-        torch.tensor([concept.temperature for concept in concepts]),
-    )
-
-
 def edited_rows(edit):
     """Return the indices of the edited rows."""
-    edited = edit.coef.flatten(1).any(1)
-    assert torch.equal(edited, edit.gate.flatten(1).any(1))
-    return edited.nonzero()[:, 0].tolist()
+    return edit.gate.flatten(1).any(1).nonzero()[:, 0].tolist()
 
 
 # Recognising rows
@@ -94,8 +81,8 @@ def test_a_caller_may_say_which_tokens_are_where(registry, load):
 
 def test_registered_rows_are_edited(registry, load):
     cat, dog = load("my-cat"), load("my-dog", 1)
-    registry.register(torch.stack([row(0), row(1)]), ["<my-cat>"])
-    registry.register(row(2)[None], ["<my-dog>", "<my-cat>"])
+    registry.register(torch.stack([row(0), row(1)]), {"<my-cat>": ()})
+    registry.register(row(2)[None], {"<my-dog>": (), "<my-cat>": ()})
     registry.prepare(torch.stack([row(0), row(3), row(1)]).half())
     assert edited_rows(registry.edit) == [0, 2]
     assert registry.edit.concepts == (cat,)
@@ -109,10 +96,10 @@ def test_what_a_row_holds_may_be_registered_anew(registry, load, encode):
     hidden_states = encode("a cat", "a <my-cat>")
     registry.prepare(hidden_states)
     assert edited_rows(registry.edit) == [1]
-    registry.register(hidden_states[:1], ["<my-cat>"])
+    registry.register(hidden_states[:1], {"<my-cat>": ()})
     registry.prepare(hidden_states)
     assert edited_rows(registry.edit) == [0, 1]
-    registry.register(hidden_states, [])
+    registry.register(hidden_states, {})
     registry.prepare(hidden_states)
     assert registry.edit is None
 
@@ -150,7 +137,7 @@ def test_a_batch_that_is_not_recognised_is_warned_of_once(registry, load, encode
 
 def test_no_warning_of_rows_that_are_recognised(registry, load, encode, warnings):
     load("my-cat")
-    registry.register(row(0)[None], ["<my-cat>"])
+    registry.register(row(0)[None], {"<my-cat>": ()})
     for hidden_states in (
         encode("a <my-cat>", "a cat", ""),
         row(0)[None],
@@ -186,15 +173,15 @@ def test_a_token_that_is_not_active_is_warned_of_once(registry, load, encode, wa
 # What the edit holds
 
 
-def test_rows_without_a_token_have_zero_coef_and_gate(registry, load):
+def test_rows_without_a_token_have_a_gate_of_zero(registry, load):
     concept = load("my-cat")
     hidden_states = torch.stack([row(0), row(1), row(2)])
-    registry.prepare(hidden_states, rows=[{}, {"<my-cat>": ()}, {}])
+    registry.prepare(hidden_states, rows=[{}, {"<my-cat>": (3,)}, {}])
     assert edited_rows(registry.edit) == [1]
-    coef, gate = expected_gates(row(1), concept)
-    assert torch.equal(registry.edit.coef[1], coef)
-    assert torch.equal(registry.edit.gate[1], gate)
-    assert registry.edit.gate[1].min() > 0
+    coef, gate = expected_gates(row(1), concept, tokens=[(3,)])
+    torch.testing.assert_close(registry.edit.coef[1], coef)
+    torch.testing.assert_close(registry.edit.gate[1], gate)
+    assert registry.edit.gate[1, 3] > 0
     assert registry.edit.superclass_prompt is None
 
 
@@ -203,22 +190,55 @@ def test_each_row_is_edited_by_its_own_concepts(registry, load):
     cat, dog, bear = (load(name, seed, bias=0.5 + 0.1 * seed) for seed, name in enumerate(["cat", "dog", "bear"]))
     held = [(cat, dog), (dog,), (), (bear,), (dog, bear), (dog,)]
     hidden_states = torch.stack([row(n) for n in range(len(held))])
-    rows = [{concept.placeholder_token: () for concept in concepts} for concepts in held]
+    places = {cat: (2,), dog: (3, 5), bear: (4,)}
+    rows = [{concept.placeholder_token: places[concept] for concept in concepts} for concepts in held]
     registry.prepare(hidden_states, rows=rows)
     edit = registry.edit
     assert edit.concepts == (bear, cat, dog)
     for number, concepts in enumerate(held):
         columns = [edit.concepts.index(concept) for concept in concepts]
         others = [n for n in range(3) if n not in columns]
-        assert not edit.coef[number][:, others].any()
         assert not edit.gate[number][:, others].any()
         if concepts:
-            coef, gate = expected_gates(hidden_states[number], *concepts)
+            tokens = [places[concept] for concept in concepts]
+            coef, gate = expected_gates(hidden_states[number], *concepts, tokens=tokens)
             torch.testing.assert_close(edit.coef[number][:, columns], coef)
             torch.testing.assert_close(edit.gate[number][:, columns], gate)
     for n, concept in enumerate((bear, cat, dog)):
-        assert torch.equal(edit.target_input[n], concept.target_input)
         assert torch.equal(edit.superclass_input[n], concept.superclass_input)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<my-cat>", "my <my-cat> and a <my-cat>", "two <my-cat>s on the beach", "a dog on a <my-cat>", "red <my-cat>"],
+)
+def test_the_gate_at_a_token_is_that_of_bias_and_temperature_wherever_it_stands(
+    registry, load, encode, pipeline, prompt
+):
+    load("my-cat", bias=0.9, temperature=0.15)
+    hidden_states = encode(prompt)
+    token = pipeline.tokenizer.convert_tokens_to_ids("<my-cat>")
+    places = [place for place, ids in enumerate(pipeline.tokenizer(prompt).input_ids) if ids == token]
+    assert len(places) == prompt.count("<my-cat>")
+    registry.prepare(hidden_states)
+    expected = torch.sigmoid(torch.tensor(0.1 / 0.15))
+    torch.testing.assert_close(registry.edit.gate[0, places, 0], expected.expand(len(places)))
+    assert registry.edit.gate[0, :, 0].nonzero()[:, 0].tolist() == places
+
+
+def test_a_token_is_found_where_nobody_knows_its_position(registry, load):
+    unit = torch.eye(WIDTH)  # random ones may be hard to tell apart
+    cat, dog = (
+        load(f"my-{name}", target_input=e, inverse_target_input=e)
+        for name, e in zip(("cat", "dog"), unit, strict=False)
+    )
+    hidden_states = torch.stack([row(0), row(1)]) / 10
+    hidden_states[0, 4], hidden_states[0, 7] = cat.target_input, dog.target_input
+    hidden_states[1, 2], hidden_states[1, 5] = cat.target_input, dog.target_input
+    registry.register(hidden_states[:1], {"<my-cat>": (), "<my-dog>": ()})
+    registry.register(hidden_states[1:], {"<my-cat>": ()})
+    registry.prepare(hidden_states)
+    assert registry.edit.gate.nonzero().tolist() == [[0, 4, 0], [0, 7, 1], [1, 2, 0]]
 
 
 def test_only_active_concepts_edit(registry, load):
@@ -230,16 +250,25 @@ def test_only_active_concepts_edit(registry, load):
         torch.testing.assert_close(registry.edit.coef[0], expected_gates(row(0), *concepts)[0])
 
 
-def test_nearly_parallel_concepts_are_named(registry, load):
-    cat = load("cat", 0)
-    load("dog", 1)
-    load("other", 2, target_input=2 * cat.target_input, inverse_target_input=cat.inverse_target_input)
-    with pytest.raises(ValueError, match=r"'(cat|other)' and '(cat|other)' have nearly parallel .*cosine 1\.0"):
-        registry.prepare(row(0)[None], rows=[{"<dog>": (), "<other>": (), "<cat>": ()}])
+def test_two_concepts_of_one_super_class_are_in_one_prompt(registry, load, encode, pipeline):
+    """Their target inputs may even be the same: the tokens say which is meant where."""
+    one, other = load("cat", 0), load("other", 1)
+    same = {"target_input": one.target_input, "inverse_target_input": one.inverse_target_input}
+    registry.loaded["other"].concept = replace(other, **same)
+    prompt = "a <cat> and a <other>"
+    hidden_states = encode(prompt)
+    registry.prepare(hidden_states)
+    ids = pipeline.tokenizer(prompt).input_ids
+    places = [ids.index(pipeline.tokenizer.convert_tokens_to_ids(token)) for token in ("<cat>", "<other>")]
+    assert registry.edit.gate[0].nonzero().tolist() == [[places[0], 0], [places[1], 1]]
+
+    registry.register(hidden_states, {"<cat>": (), "<other>": ()})
+    with pytest.raises(ValueError, match=r"the tokens of 'cat', 'other' cannot be told apart .* mark_perfusion"):
+        registry.prepare(hidden_states)
     assert registry.edit is None
-    # In one prompt; each in its own is fine.
-    registry.prepare(torch.stack([row(1), row(2)]), rows=[{"<other>": ()}, {"<cat>": ()}])
-    assert edited_rows(registry.edit) == [0, 1]
+    registry.register(hidden_states, {"<cat>": (places[0],), "<other>": (places[1],)})
+    registry.prepare(hidden_states)
+    assert registry.edit.gate[0].nonzero().tolist() == [[places[0], 0], [places[1], 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -248,11 +277,9 @@ def test_half_precision_concepts_and_hidden_states_are_edited_in_float32(registr
     registry.add("my-cat", concept)
     registry.prepare(row(0)[None].to(dtype), rows=[{"<my-cat>": ()}])
     edit = registry.edit
-    assert (
-        edit.coef.dtype == edit.gate.dtype == edit.target_input.dtype == edit.superclass_input.dtype == torch.float32
-    )
+    assert edit.coef.dtype == edit.gate.dtype == edit.superclass_input.dtype == torch.float32
     coef, _ = expected_gates(row(0).to(dtype).float(), concept.to(torch.float32))
-    assert torch.equal(edit.coef[0], coef)
+    torch.testing.assert_close(edit.coef[0], coef, rtol=1e-5, atol=1e-6)
 
 
 def test_the_edit_is_in_what_the_layers_get(pixart_pipeline):
@@ -263,7 +290,7 @@ def test_the_edit_is_in_what_the_layers_get(pixart_pipeline):
     hidden_states = torch.randn(1, LENGTH, 20)
     registry.prepare(hidden_states, rows=[{"<my-cat>": ()}])
     projected = pixart_pipeline.transformer.caption_projection(hidden_states)
-    torch.testing.assert_close(registry.edit.coef, expected_gates(projected, concept)[0])
+    torch.testing.assert_close(registry.edit.coef[0], expected_gates(projected[0], concept)[0])
 
 
 # Once for all layers and steps
@@ -291,12 +318,12 @@ def test_an_edit_is_recomputed_when_a_setting_changes(registry, load, encode):
     registry.loaded["my-cat"].bias = torch.tensor(0.1)
     registry.configure(["my-cat"], "local")
     registry.prepare(hidden_states)
-    assert (registry.edit.gate > before).all()
+    assert registry.edit.gate.sum() > before.sum()
     before = registry.edit.gate
     registry.loaded["my-cat"].temperature = torch.tensor(1.0)
     registry.configure(["my-cat"], "local")
     registry.prepare(hidden_states)
-    assert not torch.isclose(registry.edit.gate, before).any()
+    assert registry.edit.gate.sum() < before.sum()
     registry.configure(["my-cat"], "global")
     registry.prepare(hidden_states)
     assert registry.edit.superclass_prompt is not None
@@ -402,7 +429,7 @@ def test_global_key_locking_of_several_text_encoders(xl_pipeline):
 def test_global_key_locking_needs_a_prompt(registry, load, given):
     load("my-cat")
     registry.configure(["my-cat"], "global")
-    registry.register(row(0)[None], ["<my-cat>"])
+    registry.register(row(0)[None], {"<my-cat>": ()})
     with pytest.raises(ValueError, match=r"global key-locking needs the super-class prompt.*locking='local'"):
         registry.prepare(row(0)[None], rows=[{"<my-cat>": ()}] if given else None)
     registry.configure(["my-cat"], "local")

@@ -10,7 +10,7 @@ from .common import describe, place
 
 _EXAMPLE = """example:
   perfusion generate --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-      --concept my-cat --prompt "a <my-cat> on the beach" --bias 1.5 --output_dir images
+      --concept my-cat --prompt "a <my-cat> on the beach" --bias 1.1 --output_dir images
 """
 
 

@@ -9,7 +9,7 @@ from .common import describe, load_pipeline, place
 
 _EXAMPLE = """example:
   perfusion sweep --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-      --concept my-cat --checkpoints --instance_data_dir my-cat-images --bias 1.2 1.5 1.8 --write_default
+      --concept my-cat --checkpoints --instance_data_dir my-cat-images --bias 0.7 0.9 1.1 --write_default
 """
 
 

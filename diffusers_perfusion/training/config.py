@@ -79,8 +79,8 @@ class TrainingConfig:
     variant: str | None = _option("concept", "Variant of the base model's files, such as 'fp16'.")
     initial_embedding: str | None = _option(
         "concept",
-        "Textual Inversion file (.safetensors, .bin or .pt) with one vector, from which the token embedding, the "
-        "target input and the target outputs start; by default they start at the super-class.",
+        "Textual Inversion file (.safetensors, .bin or .pt) with one vector, from which the token embedding "
+        "and the target outputs start; by default they start at the super-class.",
     )
     covariance: str | None = _option(
         "concept",
@@ -104,9 +104,7 @@ class TrainingConfig:
     )
     train_bias: float = _option("training", "Bias of the gate during training.", 0.75)
     train_temperature: float = _option("training", "Temperature of the gate during training.", 0.1)
-    embedding_learning_rate: float = _option(
-        "training", "Learning rate of the token embedding; the paper's is 0.006.", 0.003
-    )
+    embedding_learning_rate: float = _option("training", "Learning rate of the token embedding.", 0.006)
     value_learning_rate: float = _option("training", "Learning rate of the target outputs.", 0.03)
     learning_rate: float | None = _option(
         "training", "Sets both learning rates: this for the target outputs, a tenth of it for the token embedding."
@@ -114,12 +112,10 @@ class TrainingConfig:
     scale_lr: bool = _option(
         "training", "Multiply learning rates by processes, gradient accumulation steps and batch size.", False
     )
-    lr_scheduler: str = _option(
-        "training", f"Schedule of the learning rates: {', '.join(LR_SCHEDULERS)}.", "constant_with_warmup"
-    )
+    lr_scheduler: str = _option("training", f"Schedule of the learning rates: {', '.join(LR_SCHEDULERS)}.", "cosine")
     lr_warmup_steps: int = _option("training", "Steps over which the learning rates rise.", 5)
     train_batch_size: int = _option("training", "Images in a batch, per process.", 16)
-    max_train_steps: int = _option("training", "Optimizer steps.", 250)
+    max_train_steps: int = _option("training", "Optimizer steps.", 100)
     gradient_accumulation_steps: int = _option("training", "Batches per optimizer step.", 1)
     snr_gamma: float = _option("training", "Gamma of the min-SNR loss weights (arXiv 2303.09556); 0 for none.", 0.0)
     seed: int = _option("training", "Seed of everything random.", 0)

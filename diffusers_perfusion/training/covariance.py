@@ -1,10 +1,10 @@
 """`C`, the uncentred second moment of encoder hidden states; its inverse is Perfusion's metric.
 
 All real tokens of a caption count, BOS and EOS among them, and padding does not. On the pocket model, along 50 prompts
-at β 0.6 and τ 0.15 (`examples/benchmarks/covariance_tokens.py`), the mean gate at EOS is 0.063 without EOS in `C` and
-0.019 with it. BOS makes no difference, since its hidden state is always the same. Padding opens the gate further at
-the concept (0.81 for 0.76) and as much further at the token after it (0.66 for 0.62). Elsewhere the gate stays at its
-floor of 0.018 in each case.
+and with the paper's gate at β 0.6 and τ 0.15 (`examples/benchmarks/covariance_tokens.py`), the mean gate at EOS is
+0.063 without EOS in `C` and 0.019 with it. BOS makes no difference, since its hidden state is always the same. Padding
+opens the gate further at the concept (0.81 for 0.76) and as much further at the token after it (0.66 for 0.62).
+Elsewhere the gate stays at its floor of 0.018 in each case.
 """
 
 import hashlib

@@ -11,6 +11,8 @@ from diffusers.utils import logging
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .image_captions import read_image_captions, without_captions
+
 logger = logging.get_logger(__name__)
 
 
@@ -22,12 +24,14 @@ class TrainingImage:
         path: file that it was read from.
         image: RGB, `resolution × resolution`.
         alpha: its alpha channel, mode L and of the same size; None if it has none, or a constant one.
+        caption: of the image, if it has one.
         box: the square that was cropped from the file, in fractions of the file's sides: left, top, right, bottom.
     """
 
     path: Path
     image: Image.Image
     alpha: Image.Image | None
+    caption: str | None
     box: tuple[float, float, float, float]
 
     def crop_like(self, image: Image.Image) -> Image.Image:
@@ -38,7 +42,7 @@ class TrainingImage:
 def read_images(
     folder: str | os.PathLike, resolution: int, *, center_crop: bool = False, seed: int = 0, min_side: int = 1
 ) -> list[TrainingImage]:
-    """Read the images in a folder, in the order of their names; log and skip files that are no images.
+    """Read the images in a folder and their captions, in the order of names; log and skip files that are neither.
 
     EXIF rotation is applied, every mode becomes RGB, and a square of the shorter side is cropped and scaled.
 
@@ -50,14 +54,15 @@ def read_images(
         min_side: the shortest side that a file may have, in pixels.
 
     Raises:
-        ValueError: if there is no such folder, it has no image, or an image is smaller than `min_side`.
+        ValueError: if there is no such folder, it has no image, an image is smaller than `min_side`, or as
+            `read_image_captions`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected one with images of the subject")
     images = []
     place = random.Random(seed)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in without_captions(sorted(path for path in folder.iterdir() if path.is_file())):
         try:
             with Image.open(path) as file:
                 image = to_eight_bits(ImageOps.exif_transpose(file))
@@ -81,9 +86,12 @@ def read_images(
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba)
         if alpha is not None and alpha.getextrema()[0] == alpha.getextrema()[1]:
             alpha = None
-        images.append(TrainingImage(path, _crop(image.convert("RGB"), box, size), alpha, box))
+        images.append(TrainingImage(path, _crop(image.convert("RGB"), box, size), alpha, None, box))
     if not images:
         raise ValueError(f"{folder} has no image; expected about five of the subject")
+    captions = read_image_captions([entry.path for entry in images])
+    for entry, caption in zip(images, captions, strict=True):
+        entry.caption = caption
     return images
 
 

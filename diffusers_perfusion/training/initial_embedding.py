@@ -73,5 +73,25 @@ def token_input(family: ModelFamily, token: str, embeddings: Sequence[Tensor], s
     """
     with known_token(family, token, embeddings, superclass):
         ids = family.tokenize([template.format(token) for template in TEMPLATES])
-        positions = (ids[0] == family.tokenizers[0].convert_tokens_to_ids(token)).int().argmax(-1)
-        return family.encode(ids).inputs[torch.arange(len(positions)), positions].mean(0)
+        positions = [places[-1] for places in token_positions(family, token, ids)]
+        return family.encode(ids).inputs[torch.arange(len(positions)), torch.tensor(positions)].mean(0)
+
+
+def token_positions(family: ModelFamily, token: str, input_ids: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Return the positions of a placeholder token in each prompt.
+
+    Args:
+        family: whose tokenizers know the token.
+        token: the placeholder token.
+        input_ids: of the prompts, for each text encoder, `(prompts, length)`.
+
+    Raises:
+        ValueError: if a prompt does not hold the token, because it is longer than the text encoder reads.
+    """
+    found = input_ids[0] == family.tokenizers[0].convert_tokens_to_ids(token)
+    if not found.any(-1).all():
+        raise ValueError(
+            f"{token} falls off the end of the caption, of which the text encoder reads {found.shape[-1]} tokens; "
+            "expected it earlier"
+        )
+    return [tuple(row.nonzero()[:, 0].tolist()) for row in found]

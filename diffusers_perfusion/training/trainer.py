@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from ..concept import PerfusionConcept
 from ..model_families import family_of
-from ..registry import registry_of
+from ..registry import registry_of, upload
 from .config import TrainingConfig
-from .initial_embedding import initial_embeddings, token_input
+from .initial_embedding import initial_embeddings, token_input, token_positions
 from .loss import masked_loss, prediction_target, snr_weights
 from .noise_schedule import noise_schedule
 from .superclass import TEMPLATES, superclass_input
 from .training_data import TrainingData
 
-# Slower than the paper's 0.99, for a little more identity at equal text alignment. At 1 two concepts of one
-# super-class would be parallel, and could not be in one prompt.
-EMA_DECAY = 0.997
 CONCEPT_NAME = "concept"
+
+# How often an image that has a caption is trained with it, and not with a template.
+CAPTION_SHARE = 0.5
 
 # Between gradients with torch.compile and without: in bfloat16 both are rounded, and differently.
 MIN_COSINE = 0.9
@@ -67,11 +67,14 @@ class PerfusionTrainer:
         self.family = family_of(pipeline)
         self.model = self.family.model
         self.concept = self._load_initial_concept()
-        prompt_ids = self.family.tokenize([template.format(config.placeholder_token) for template in TEMPLATES])
-        token_id = self.family.tokenizers[0].convert_tokens_to_ids(config.placeholder_token)
-        positions = (prompt_ids[0] == token_id).int().argmax(-1)
-        self.token_positions = positions.to(accelerator.device)
-        self._tokens_of_template = [{config.placeholder_token: (position,)} for position in positions.tolist()]
+        templates = [template.format(config.placeholder_token) for template in TEMPLATES]
+        # Of each image: the number of its own prompt, or -1.
+        captions = list(dict.fromkeys(prompt for prompt in data.prompts if prompt is not None))
+        own = [-1 if prompt is None else len(templates) + captions.index(prompt) for prompt in data.prompts]
+        self._own_prompt = torch.tensor(own)
+        prompt_ids = self.family.tokenize([*templates, *captions])
+        positions = token_positions(self.family, config.placeholder_token, prompt_ids)
+        self._tokens_of_prompt = [{config.placeholder_token: places} for places in positions]
         self.prompt_ids = [ids.to(accelerator.device) for ids in prompt_ids]
 
         embeddings, outputs = self.concept.token_embeddings, self.concept.target_outputs
@@ -107,7 +110,7 @@ class PerfusionTrainer:
         return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _load_initial_concept(self) -> PerfusionConcept:
-        """Load a concept with `v*` at its initial embeddings, `i*` at their hidden state and `o*_V` at its values."""
+        """Load a concept with `v*` at its initial embeddings, and `o*_V` at the values of their hidden state."""
         pipeline, config = self.pipeline, self.config
         i_start = i_super = superclass_input(self.family, config.superclass)
         embeddings: list[Tensor] = [
@@ -123,9 +126,10 @@ class PerfusionTrainer:
                 placeholder_token=config.placeholder_token,
                 superclass=config.superclass,
                 token_embeddings=embeddings,
-                target_input=i_start.clone(),
+                target_input=i_start,
                 inverse_target_input=self._inverse(i_start),
                 superclass_input=i_super,
+                inverse_superclass_input=self._inverse(i_super),
                 target_outputs={layer: nn.Parameter(output) for layer, output in outputs.items()},
             ),
             concept_name=CONCEPT_NAME,
@@ -133,8 +137,8 @@ class PerfusionTrainer:
         pipeline.set_perfusion(CONCEPT_NAME, bias=config.train_bias, temperature=config.train_temperature)
         return self._registry.loaded[CONCEPT_NAME].concept
 
-    def _inverse(self, target_input: Tensor) -> Tensor:
-        return (self.c_inv @ target_input.to(self.c_inv)).to(target_input)
+    def _inverse(self, vector: Tensor) -> Tensor:
+        return (self.c_inv @ vector.to(self.c_inv)).to(vector)
 
     def step(self, index: int) -> Tensor:
         """Do one optimizer step and return its mean loss over all processes, 0-dim.
@@ -150,65 +154,56 @@ class PerfusionTrainer:
         """
         config, accelerator = self.config, self.accelerator
         batch = self._sample(index)
-        loss, hidden_state = torch.zeros((), device=accelerator.device), torch.zeros_like(self.concept.target_input)
+        loss = torch.zeros((), device=accelerator.device)
         for accumulation in range(config.gradient_accumulation_steps):
             start = (accumulation * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
             part = [values[start : start + config.train_batch_size] for values in batch]
             if config.torch_compile and not (self._checked or accumulation):
                 self._check_compiled(part)
-            part_loss, part_hidden_state = self._forward(self._compiled_model, *part)
+            part_loss = self._forward(self._compiled_model, *part)
             accelerator.backward(part_loss / config.gradient_accumulation_steps)
             loss += part_loss.detach() / config.gradient_accumulation_steps
-            hidden_state += part_hidden_state / config.gradient_accumulation_steps
         self._average_gradients()
         for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
             group["lr"] = rate * self._lr_factor(index + 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # i* ← decay · i* + (1 − decay) · mean hidden state at the placeholder token (paper Section 4), no gradient.
-        hidden_state = accelerator.reduce(hidden_state, "mean")
-        self.concept.target_input = EMA_DECAY * self.concept.target_input + (1 - EMA_DECAY) * hidden_state
-        self.concept.inverse_target_input = self._inverse(self.concept.target_input)
         return accelerator.reduce(loss, "mean")
 
     def _sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return image indices, template indices, timesteps and noise of one step, for all processes."""
+        """Return image indices, prompt indices, timesteps and noise of one step, for all processes."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
         count, latents = self._total_batch_size, self.data.latents
-        return (
-            torch.randint(len(latents), (count,), generator=generator),
-            torch.randint(len(TEMPLATES), (count,), generator=generator),
-            torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator),
-            torch.randn((count, *latents.shape[1:]), generator=generator),
-        )
+        images = torch.randint(len(latents), (count,), generator=generator)
+        prompts = torch.randint(len(TEMPLATES), (count,), generator=generator)
+        timesteps = torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator)
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)
+        own = self._own_prompt[images]
+        captioned = (own >= 0) & (torch.rand(count, generator=generator) < CAPTION_SHARE)
+        return images, torch.where(captioned, own, prompts), timesteps, noise
 
-    def _forward(
-        self, model: Any, images: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch, and the mean hidden state at the placeholder token, `(d,)`, without gradient.
+    def _forward(self, model: Any, images: Tensor, prompts: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss of a batch, 0-dim.
 
         Args:
             model: the trainer's, or its compiled form.
             images: indices of the images, `(batch,)`, on the CPU like all of the batch.
-            prompts: indices of the templates, `(batch,)`.
+            prompts: indices of the prompts, `(batch,)`.
             timesteps: of the noise, `(batch,)`.
             noise: `(batch, channels, h, w)`.
         """
-        # Each template is encoded once, and its rows are chosen by a product with a one-hot matrix: the backward pass
+        # Each prompt is encoded once, and its rows are chosen by a product with a one-hot matrix: the backward pass
         # of indexing adds up repeated rows in whatever order threads come, so that two runs would differ in their
         # bits.
-        templates, rows = prompts.unique(return_inverse=True)
-        tokens = [self._tokens_of_template[prompt] for prompt in prompts.tolist()]
+        distinct, rows = prompts.unique(return_inverse=True)
+        tokens = [self._tokens_of_prompt[prompt] for prompt in prompts.tolist()]
         device = self.accelerator.device
-        images, prompts, templates, one_hot, timesteps, noise = (
-            _upload(tensor, device)
-            for tensor in (images, prompts, templates, F.one_hot(rows).float(), timesteps, noise)
+        images, distinct, one_hot, timesteps, noise = (
+            upload(tensor, device) for tensor in (images, distinct, F.one_hot(rows).float(), timesteps, noise)
         )
         with self._registry.paused_tracking():  # the tokens of each row are known here
-            encoding = self.family.encode([ids[templates] for ids in self.prompt_ids])
+            encoding = self.family.encode([ids[distinct] for ids in self.prompt_ids])
         encoding = encoding.map(lambda part: torch.tensordot(one_hot, part.to(one_hot), dims=1))
-        positions = self.token_positions[prompts]
-        hidden_state = encoding.inputs[torch.arange(len(prompts), device=device), positions].detach().mean(0)
         encoding = encoding.map(lambda part: part.to(self.model.dtype))
         self._registry.prepare(encoding.hidden_states, tokens)
         latents = self.data.latents[images]
@@ -218,7 +213,7 @@ class PerfusionTrainer:
             prediction = self.family.predict(model, noisy, timesteps, encoding, resolution)
         target = prediction_target(self.schedule, latents, noise, timesteps)
         weights = snr_weights(self.schedule, timesteps, self.config.snr_gamma)
-        return masked_loss(prediction, target, self.data.masks[images], weights), hidden_state
+        return masked_loss(prediction, target, self.data.masks[images], weights)
 
     def _check_compiled(self, part: list[Tensor]) -> None:
         """Raise RuntimeError if the compiled model gives wrong gradients, as in some releases of torch."""
@@ -227,7 +222,7 @@ class PerfusionTrainer:
             parameters = list(self.parameters.values())
             # Scaled, because gradients may underflow in half precision; the second term keeps a graph where the
             # compiled model has lost it.
-            loss = 2**10 * self._forward(model, *part)[0] + 0 * parameters[0].sum()
+            loss = 2**10 * self._forward(model, *part) + 0 * parameters[0].sum()
             found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             gradients.append(torch.cat(found))
         eager, compiled = gradients
@@ -264,13 +259,19 @@ class PerfusionTrainer:
             steps: number of optimizer steps done.
             facts: more to record about the training in the concept file, beside the settings.
         """
+        # i*, the mean hidden state at the placeholder token.
+        positions = torch.tensor([places[-1] for prompt in self._tokens_of_prompt for places in prompt.values()])
+        with torch.no_grad(), self._registry.paused_tracking():
+            hidden_states = self.family.encode([ids[: len(TEMPLATES)] for ids in self.prompt_ids]).inputs.float()
+        at_token = hidden_states[torch.arange(len(TEMPLATES)), positions[: len(TEMPLATES)]].mean(0)
+        self.concept.target_input, self.concept.inverse_target_input = at_token, self._inverse(at_token)
         concept = self.concept.detach().to("cpu", copy=True)
         settings = {name: getattr(self.config, name) for name in _RECORDED}
         return replace(concept, base_model=self.config.base_model, training={"steps": steps} | facts | settings)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor that a training is resumed from."""
-        state = {"target_input": self.concept.target_input}
+        state = {}
         for name, parameter in self.parameters.items():
             state[name] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
@@ -289,7 +290,6 @@ class PerfusionTrainer:
         """
         state = dict(state)
         try:
-            self.concept.target_input.copy_(state.pop("target_input"))
             for name, parameter in self.parameters.items():
                 parameter.copy_(state.pop(name))
                 self.optimizer.state[parameter] = {
@@ -304,12 +304,5 @@ class PerfusionTrainer:
                 )
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the checkpoint is of another concept or model: {error}") from error
-        self.concept.inverse_target_input = self._inverse(self.concept.target_input)
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device without waiting for the copy."""
-    # Copies from memory that is not pinned are waited for; Apple's accelerator may read memory after it is freed.
-    if device.type in ("cpu", "mps"):
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+        if state:
+            raise ValueError(f"the checkpoint is of another release: it also holds {', '.join(state)}")

@@ -21,8 +21,9 @@ from ..placeholder_tokens import known_token
 from .checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .covariance import cached_covariance, check_covariance, invert, load_covariance
-from .images import read_images, to_tensor
-from .initial_embedding import initial_embeddings
+from .image_captions import training_prompt
+from .images import TrainingImage, read_images, to_tensor
+from .initial_embedding import initial_embeddings, token_positions
 from .loss import snr_weights
 from .masks import subject_masks
 from .noise_schedule import noise_schedule
@@ -84,11 +85,15 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
     # Raises if this model has no such loss.
     snr_weights(noise_schedule(pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
-    with known_token(family, config.placeholder_token, initial_embeddings(family, config), config.superclass):
-        pass  # raises if the tokenizers or text encoders cannot take the placeholder token
     images = read_images(
         config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, min_side=factor
     )
+    prompts = [_own_prompt(image, config) for image in images]
+    # Raises if the tokenizers or text encoders cannot take the placeholder token.
+    with known_token(family, config.placeholder_token, initial_embeddings(family, config), config.superclass):
+        for image, prompt in zip(images, prompts, strict=True):
+            if prompt is not None:
+                _check_length(family, image, prompt, config)
     if config.covariance and not Path(config.covariance).is_file():
         raise ValueError(
             f"{config.covariance} is not a file; expected captions, or a .npy, .pt or .safetensors matrix, for C"
@@ -115,14 +120,15 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         config.mask, images, config.instance_data_dir, config.superclass, pipeline, config.seed
     )
     data = make_training_data(
-        family, pipeline.vae, to_tensor([image.image for image in images]), masks, config.random_flip
+        family, pipeline.vae, to_tensor([image.image for image in images]), masks, config.random_flip, prompts
     )
     c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
     _move(model, accelerator.device, precision)
     had_checkpointing = model.is_gradient_checkpointing
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    facts = {"images": len(images), "mask": mask_source, "resolution": resolution}
+    captions = sum(prompt is not None for prompt in prompts)
+    facts = {"images": len(images), "captions": captions, "mask": mask_source, "resolution": resolution}
     try:
         with _tf32(config.allow_tf32):
             trainer = PerfusionTrainer(pipeline, config, accelerator, data, c_inv)
@@ -136,6 +142,23 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
     if repo_id is not None:
         _share(pipeline, config, accelerator, repo_id)
     return concept
+
+
+def _own_prompt(image: TrainingImage, config: TrainingConfig) -> str | None:
+    """Return the prompt of an image's own caption, or None if it has none."""
+    if image.caption is None:
+        return None
+    try:
+        return training_prompt(image.caption, config.placeholder_token, config.superclass)
+    except ValueError as error:
+        raise ValueError(f"{image.path}: {error}") from error
+
+
+def _check_length(family: ModelFamily, image: TrainingImage, prompt: str, config: TrainingConfig) -> None:
+    try:
+        token_positions(family, config.placeholder_token, family.tokenize([prompt]))
+    except ValueError as error:
+        raise ValueError(f"{image.path}: {error}") from error
 
 
 def _share(pipeline: Any, config: TrainingConfig, accelerator: Any, repo_id: str) -> None:

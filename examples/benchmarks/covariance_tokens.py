@@ -1,4 +1,4 @@
-"""Compare choices of the tokens that enter C: print the mean gate at each kind of token in 50 prompts.
+"""Compare choices of the tokens that enter C: print the paper's mean gate at each kind of token in 50 prompts.
 
     python examples/benchmarks/covariance_tokens.py --pretrained_model_name_or_path examples/pocket \
         --captions examples/pocket/captions.txt --superclass "teddy bear" robot chair mug

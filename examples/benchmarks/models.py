@@ -87,6 +87,7 @@ def random_concept(pipeline, number):
         target_input=i_star,
         inverse_target_input=i_star,
         superclass_input=i_super,
+        inverse_superclass_input=i_super,
         target_outputs={
             name: torch.randn(layer.inner_kv_dim, generator=generator)
             for name, layer in cross_attention_layers(pipeline.unet).items()

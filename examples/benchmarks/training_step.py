@@ -108,7 +108,9 @@ def run_steps(name, bench, steps):
     subject = make_training_data(family, pipeline.vae, images, None, random_flip=True)
     if name.endswith(AS_SCRIPT):
         subject = TrainingData(
-            EncodedWhenAsked(family, pipeline.vae, torch.cat([images, images.flip(-1)])), subject.masks
+            EncodedWhenAsked(family, pipeline.vae, torch.cat([images, images.flip(-1)])),
+            subject.masks,
+            subject.prompts,
         )
         options = options | {"each_prompt": True}
     METHODS[method].train(

@@ -433,7 +433,7 @@ def test_the_best_checkpoint_becomes_the_concept(run, checkpoints, tmp_path):
     written = PerfusionConcept.load(folder / "perfusion.safetensors")
     best = PerfusionConcept.load(folder / found.best.checkpoint / "perfusion.safetensors")
     assert written.bias == found.best.bias
-    assert torch.equal(written.target_input, best.target_input)
+    assert torch.equal(written.superclass_input, best.superclass_input)
     assert found.for_concept(written).best == found.best
 
 

@@ -33,7 +33,8 @@ def test_what_must_be_given():
 
 def test_defaults_are_what_was_measured_to_be_best():
     config = TrainingConfig(**REQUIRED)
-    assert (config.value_learning_rate, config.embedding_learning_rate) == (0.03, 0.003)
+    assert (config.value_learning_rate, config.embedding_learning_rate) == (0.03, 0.006)
+    assert (config.max_train_steps, config.lr_scheduler) == (100, "cosine")
     assert (config.train_bias, config.train_temperature, config.train_batch_size) == (0.75, 0.1, 16)
     assert config.random_flip
 
@@ -118,7 +119,7 @@ def test_the_recipe_is_what_decides_the_result():
         "hub_private",
         "hub_license",
     }
-    recipe = TrainingConfig(**REQUIRED, seed=7).recipe()
+    recipe = TrainingConfig(**REQUIRED, seed=7, lr_scheduler="constant").recipe()
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
     assert recipe.keys() == names - where_and_how_long
     assert json.loads(json.dumps(recipe)) == recipe

@@ -86,3 +86,10 @@ def test_latents_of_a_variational_autoencoder_are_the_mode(family):
     assert vae.config.scaling_factor != 1
     assert torch.equal(latents, family.encode_latents(vae, images))
     assert family.encode_latents(vae.to(torch.bfloat16), images).dtype == torch.float32
+
+
+def test_mirror_images_have_the_captions_of_their_images(family, images):
+    images = images[:2]
+    for flip, expected in ((True, ("a", None, "a", None)), (False, ("a", None))):
+        assert make_training_data(family, make_vae(), images, None, flip, ["a", None]).prompts == expected
+    assert make_training_data(family, make_vae(), images, None, True).prompts == (None,) * 4

@@ -21,7 +21,7 @@ from diffusers_perfusion import PerfusionConcept, add_perfusion
 from diffusers_perfusion.model_families import cross_attention_layers, family_of
 from diffusers_perfusion.registry import registry_of
 from diffusers_perfusion.training import TrainingConfig, train, training_loop, validation
-from diffusers_perfusion.training.superclass import superclass_embeddings
+from diffusers_perfusion.training.superclass import superclass_embeddings, superclass_input
 from diffusers_perfusion.training.trainer import PerfusionTrainer
 
 CLI = ("-m", "diffusers_perfusion.cli", "train")
@@ -65,7 +65,7 @@ def checkpoints(folder):
 
 def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
     plain = generate(["a <my-cat> on the beach", "a cat on the beach"])
-    path = run(max_train_steps=6, train_bias=0.8)
+    path = run(max_train_steps=6, train_bias=0.8, value_learning_rate=0.3)
     pipeline.load_perfusion(path)
     trained = generate(["a <my-cat> on the beach", "a cat on the beach"])
     assert torch.equal(trained[1], plain[1])
@@ -127,13 +127,41 @@ def test_training_returns_the_written_concept(pipeline, training_settings):
     concept = train(pipeline, TrainingConfig(**training_settings))
     written = PerfusionConcept.load(Path(training_settings["output_dir"]) / "perfusion.safetensors")
     assert concept.training == written.training
-    torch.testing.assert_close(concept.target_input, written.target_input.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(concept.superclass_input, written.superclass_input.float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(concept.token_embeddings[0], written.token_embeddings[0].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_captions_beside_images_are_trained_with(run, images_folder):
+    without = run()
+    plain = without.read_bytes()
+    first = sorted(path for path in images_folder.iterdir() if path.is_file())[0]
+    first.with_suffix(".txt").write_text("a cat on the beach")
+    captioned = run()
+    assert captioned.read_bytes() != plain
+    assert PerfusionConcept.load(captioned).training["captions"] == 1
+
+
+@pytest.mark.parametrize(
+    ("caption", "match"),
+    [
+        ("a dog on the beach", "does not name the subject"),
+        ("a photo of " * 20 + "a cat", "<my-cat> falls off the end"),
+    ],
+)
+def test_a_caption_that_cannot_be_trained_with_is_named_before_any_work(
+    run, images_folder, monkeypatch, caption, match
+):
+    monkeypatch.setattr(training_loop, "subject_masks", None)
+    first = sorted(path for path in images_folder.iterdir() if path.is_file())[0]
+    first.with_suffix(".txt").write_text(caption)
+    with pytest.raises(ValueError, match=rf"{first.name}: .*{match}"):
+        run()
 
 
 def test_the_superclass_input_is_not_trained(run, pipeline):
     concept = PerfusionConcept.load(run())
-    assert not torch.allclose(concept.superclass_input, concept.target_input, atol=1e-3)
+    expected = superclass_input(family_of(pipeline), "cat")
+    torch.testing.assert_close(concept.superclass_input.float(), expected, rtol=1e-3, atol=1e-3)
     layers = cross_attention_layers(pipeline.unet)
     assert concept.target_outputs.keys() == layers.keys()
     for name, layer in layers.items():
@@ -164,7 +192,7 @@ def test_nothing_of_the_machine_is_in_the_file(run, tmp_path, pipeline, model_fo
         {"mask": "attention"},
         {"train_bias": 0.6},
         {"train_temperature": 0.2},
-        {"lr_warmup_steps": 3},
+        {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
         {"lr_scheduler": "cosine"},
         {"learning_rate": 0.01},
         {"scale_lr": True},

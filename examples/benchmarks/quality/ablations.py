@@ -2,17 +2,14 @@
 
 import shutil
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from diffusers_perfusion import attention_processor, rank_one_edit
+from diffusers_perfusion import attention_processor
 from diffusers_perfusion.model_families import family_of
-from diffusers_perfusion.training.covariance import read_captions
+from diffusers_perfusion.training import trainer
 from diffusers_perfusion.training.trainer import PerfusionTrainer
 
 
@@ -26,59 +23,10 @@ def first_images(source, folder, count):
     return target
 
 
-def tight_masks():
-    """Let the loss end where the subject ends."""
-    return patch("diffusers_perfusion.training.training_data.GROWTH", 0.0)
-
-
-def ema(decay):
-    """Return a context with another decay of the moving average of `i*`; 1 keeps the super-class input."""
-    return partial(patch, "diffusers_perfusion.training.trainer.EMA_DECAY", decay)
-
-
-def noisier_timesteps():
-    """Take the larger of two random timesteps."""
-    sample = PerfusionTrainer._sample
-
-    def noisier(self, index):
-        images, prompts, timesteps, noise = sample(self, index)
-        generator = torch.Generator().manual_seed(index)
-        others = torch.randint(self.schedule.config.num_train_timesteps, timesteps.shape, generator=generator)
-        return images, prompts, timesteps.maximum(others), noise
-
-    return patch.object(PerfusionTrainer, "_sample", noisier)
-
-
-def padding_in_covariance():
-    """Let padding enter `C` too."""
-
-    def covariance(family, config):
-        (ids,) = family.tokenize(read_captions(Path(config.pretrained_model_name_or_path) / "captions.txt"))
-        with torch.no_grad():
-            e = torch.cat([family.encode([part]).inputs for part in ids.split(250)]).flatten(0, 1).double()
-        return e.T @ e / len(e)
-
-    return patch("diffusers_perfusion.training.training_loop._covariance", covariance)
-
-
-def token_only():
-    """Edit only the position most similar to the concept, and so none of the tokens after it."""
-
-    def gates(e, *args):
-        coef, gate = rank_one_edit.gates(e, *args)
-        peak = F.one_hot(gate.argmax(-2), gate.shape[-2]).transpose(-1, -2).to(gate)
-        return coef * peak, gate * peak
-
-    return patch("diffusers_perfusion.registry.gates", gates)
-
-
-def equation_4():
-    """Drop what the gates keep closed, as in the paper, instead of giving it to the super-class."""
-
-    def edit(h, coef, gate, w_i, o, w_super):
-        return rank_one_edit.edit(h, coef, gate, w_i, o, torch.zeros_like(w_super))
-
-    return patch("diffusers_perfusion.attention_processor.edit", edit)
+def more_templates():
+    """Train with further prompts: without an article, and with words that say nothing of the images."""
+    more = ("{}", "my {}", "a photo of my {}", "the {}", "a nice {}", "a small {}", "a drawing of a {}")
+    return patch("diffusers_perfusion.training.trainer.TEMPLATES", (*trainer.TEMPLATES, *more))
 
 
 @contextmanager
@@ -99,9 +47,10 @@ def trained_keys():
 
     def to_k(self, hidden_states, *args):
         self.unused.discard("to_k")
-        w_i, w_super = self._projected(self._attn.to_k, hidden_states.dtype)
-        o = keys[self._layer][None].to(hidden_states.dtype)
-        return self._edited(self._attn.to_k(hidden_states, *args), w_i, o, w_super)
+        w_i = self._projected(self._attn.to_k, hidden_states.dtype)
+        return self._edited(
+            self._attn.to_k(hidden_states, *args), w_i, keys[self._layer][None].to(hidden_states.dtype)
+        )
 
     with (
         patch.object(attention_processor._EditedAttention, "to_k", to_k),

@@ -13,6 +13,7 @@ import json
 import random
 from pathlib import Path
 
+import subjects  # noqa: F401 (puts the recipe on the path)
 import torch
 from icons import BASE_RENDITIONS, CONCEPT_RENDITION, NOUNS, load_sprites
 from pareto_fronts import read_images
@@ -45,24 +46,28 @@ def main(args=None):
     for icon in TEST:
         folder = arguments.output_dir / "runs" / "base" / icon
         seeds = json.loads((folder / "run.json").read_text())["seeds"]
-        generated = [image for prompt in read_images(folder / "images.png", seeds)[0] for image in prompt]
+        (point,) = read_images(folder / "images.png", seeds)
+        comparable = [
+            (prompt, images) for prompt, images in zip(PROMPTS, point, strict=True) if prompt.family != "appearance"
+        ]
+        generated = [image for _, images in comparable for image in images]
         known = [
             [Scene(Thing(icon, rendition), place).draw(sprites, rng) for place in PLACES]
             for rendition in BASE_RENDITIONS
             if rendition in sprites[icon]
         ]
         true = [
-            Scene(Thing(icon, CONCEPT_RENDITION), next(place for place in BACKDROPS if prompt.endswith(place))).draw(
-                sprites, rng
-            )
-            for prompt in PROMPTS
+            Scene(Thing(icon, CONCEPT_RENDITION), place).draw(sprites, rng)
+            for prompt, _ in comparable
+            for place in BACKDROPS
+            if prompt.caption.endswith(place)
             for _ in range(seeds)
         ]
         training_images = compose_subject(icon, arguments.output_dir / "subjects").images()
         for kind, values in zip(
             KINDS, (nearest(encoder, generated, known), nearest(encoder, true, [training_images])), strict=True
         ):
-            scores[kind].append(values.unflatten(0, (len(PROMPTS), seeds)).mean(1))
+            scores[kind].append(values.unflatten(0, (-1, seeds)).mean(1))
             print(NOUNS[icon], kind, f"{float(values.mean()):.3f}", flush=True)
     report = {kind: bootstrap_mean(torch.cat(values), resamples=2000)._asdict() for kind, values in scores.items()}
     print(json.dumps(report, indent=2))

@@ -59,7 +59,7 @@ def job(name, icon, options):
     folder = options.output_dir / "runs" / name / icon
     folder.mkdir(parents=True, exist_ok=True)
     subject = compose_subject(icon, options.output_dir / "subjects")
-    prompts = [prompt.format(variant.phrase(subject)) for prompt in PROMPTS]
+    prompts = [prompt.text.format(variant.phrase(subject)) for prompt in PROMPTS]
     rows, points = [], []
     with variant.changes():
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from subjects import POCKET
 
 from diffusers_perfusion.concept import PerfusionConcept
-from diffusers_perfusion.concept_file import HEADER_KEY
+from diffusers_perfusion.concept_file import HEADER_KEY, VECTORS
 from diffusers_perfusion.model_families import cross_attention_layers
 
 RANKS = (4, 16)
@@ -27,7 +27,7 @@ SD_1_5 = {"sample_size": 64, "cross_attention_dim": 768}
 
 def concept_bytes(unet, width):
     """Return the bytes of a concept with random numbers."""
-    vectors = {name: torch.rand(width) for name in ("target_input", "inverse_target_input", "superclass_input")}
+    vectors = {name: torch.rand(width) for name in VECTORS}
     outputs = {name: torch.rand(layer.inner_kv_dim) for name, layer in cross_attention_layers(unet).items()}
     concept = PerfusionConcept(
         "<my-bear>", "teddy bear", [torch.rand(width)], **vectors, target_outputs=outputs, base_model="base"

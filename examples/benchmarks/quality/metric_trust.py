@@ -3,18 +3,24 @@
     python examples/benchmarks/quality/metric_trust.py --output_dir examples/benchmarks/quality/results
 
 Held-out things are of Fluent Emoji, which neither the evaluators nor the pocket model have seen; seen things are in
-new scenes. The intervals of shares are over scenes, those of similarities over nouns.
+new scenes. The intervals of shares are over scenes, those of similarities over nouns. True images of the comparison's
+own prompts say what the best of methods could get.
 """
 
 import argparse
 import json
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import subjects  # noqa: F401 (puts the recipe on the path)
 import torch
 from diffusers import StableDiffusionPipeline
+from evaluator_scenes import another_look
+from icons import CONCEPT_RENDITION, NOUNS, WORN, load_sprites
+from pareto_fronts import found
+from subjects import FAMILIES, POCKET, PROMPTS, TEST
+from world import BACKDROPS, BLACK_AND_WHITE, PIXEL_ART, Scene, Thing, change, give, sample_place, sample_scene
 
 from diffusers_perfusion.evaluation import (
     ClipEncoder,
@@ -23,13 +29,6 @@ from diffusers_perfusion.evaluation import (
     image_similarity,
     text_alignment,
 )
-
-POCKET = Path(__file__).resolve().parents[2] / "pocket"
-sys.path.insert(0, str(POCKET / "recipe"))
-
-from evaluator_scenes import another_look  # noqa: E402
-from icons import CONCEPT_RENDITION, NOUNS, WORN, load_sprites  # noqa: E402
-from world import Scene, Thing, change, give, sample_place, sample_scene  # noqa: E402
 
 KINDS = ("place", "colour", "worn", "companion")
 LEFT_OUT = ("worn", "companion")
@@ -110,6 +109,68 @@ def measure_clip(clip, render, sprites, count, seed=0):
     return rows
 
 
+def scene_of(caption, thing, sprites, rng):
+    """Return the scene that a caption of the comparison describes, with a thing in its gap.
+
+    Args:
+        caption: of a `subjects.Prompt`.
+        thing: for the gap.
+        sprites: of all other things.
+        rng: which rendition of them.
+    """
+    opening = next((style for style in (BLACK_AND_WHITE, PIXEL_ART) if caption.startswith(style[:-2])), "{}")
+    where = max((words for words in BACKDROPS if caption.endswith(words)), key=len)
+    words = caption[len(opening) - 2 :].removesuffix(f" {where}")
+    relation = next((word for word in ("next to", "on top of", "and") if f" {word} " in words), None)
+    things = []
+    for part in words.split(f" {relation} ") if relation else [words]:
+        name, _, wears = part.removeprefix("a ").partition(" wearing ")
+        *colour, noun = name.split()
+        icon = next((icon for icon, its_noun in NOUNS.items() if its_noun == noun), None)
+        one = thing if noun == "{}" else Thing(icon, rng.choice(list(sprites[icon])))
+        worn = next((icon for icon, worn in WORN.items() if worn.words == wears), None)
+        things.append(replace(one, colour=colour[0] if colour else None, worn=worn))
+    return Scene(things[0], where, relation, things[1] if relation else None, opening)
+
+
+def measure_prompts(clip, identity, sprites, seen, count, seed=0):
+    """Return what the metrics give true images of the comparison's prompts, by families of prompts.
+
+    Args:
+        clip: the evaluator.
+        identity: the evaluator.
+        sprites: held-out things.
+        seen: things of the renditions that the evaluators have seen.
+        count: of images of each subject of the comparison in each prompt.
+        seed: of the scenes.
+
+    Returns:
+        For each family the share of what is asked for that CLIP finds, the similarity to five images of the same
+        thing, and how often an image of another rendition is below the same thing in the same prompt.
+    """
+    rng = random.Random(seed)
+    all_sprites = {icon: seen[icon] | sprites[icon] for icon in seen}
+    scores = {family: {"found": [], "identity": [], "another": []} for family in FAMILIES}
+    for icon in TEST * count:
+        thing, other = Thing(icon, CONCEPT_RENDITION), Thing(icon, rng.choice(list(seen[icon])))
+        references = [Scene(thing, sample_place(rng)).draw(sprites, rng) for _ in range(REFERENCES)]
+        for prompt in PROMPTS:
+            images = [scene_of(prompt.caption, one, seen, rng).draw(all_sprites, rng) for one in (thing, other)]
+            same, another = image_similarity(identity, images, references).tolist()
+            of_family = scores[prompt.family]
+            of_family["found"] += found(clip, images[:1], prompt.caption, NOUNS[icon])
+            of_family["identity"].append(same)
+            of_family["another"].append(float(another < same))
+    return {
+        family: {
+            "asked for and found": bootstrap_mean(of_family["found"])._asdict(),
+            SAME: bootstrap_mean(of_family["identity"])._asdict(),
+            "another rendition below it": bootstrap_mean(of_family["another"])._asdict(),
+        }
+        for family, of_family in scores.items()
+    }
+
+
 def place(thing, setting, sprites, rng):
     """Return a scene about a thing that is alone, wears something or is with another thing."""
     if setting == "wearing something":
@@ -168,7 +229,7 @@ def rank(scores):
 
 
 def markdown(report):
-    """Return the report as two tables."""
+    """Return the report as three tables."""
     settings = report["identity"]
     lines = ["| similarity to five images of a held-out thing | " + " | ".join(settings) + " |"]
     lines.append("|---|" + "---|" * len(settings))
@@ -184,6 +245,12 @@ def markdown(report):
     for name in next(iter(report["clip"].values())):
         cells = [rows[name] for rows in report["clip"].values()]
         shown = " | ".join(f"{cell['mean']:.0%} ({cell['low']:.0%} to {cell['high']:.0%})" for cell in cells)
+        lines.append(f"| {name} | {shown} |")
+    lines += ["", "| true images of the comparison's subjects and prompts | " + " | ".join(report["prompts"]) + " |"]
+    lines.append("|---|" + "---|" * len(report["prompts"]))
+    for name in next(iter(report["prompts"].values())):
+        cells = [rows[name] for rows in report["prompts"].values()]
+        shown = " | ".join(f"{cell['mean']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})" for cell in cells)
         lines.append(f"| {name} | {shown} |")
     return "\n".join(lines) + "\n"
 
@@ -210,6 +277,7 @@ def main(args=None):
 
     report = {
         "identity": measure_identity(identity, base, held_out, seen, arguments.views, GENERATED_VIEWS),
+        "prompts": measure_prompts(clip, identity, held_out, seen, arguments.views),
         "clip": {
             "scenes of seen things": measure_clip(clip, rendered_from(seen), seen, arguments.scenes),
             "scenes of held-out things": measure_clip(clip, rendered_from(held_out), held_out, arguments.scenes),

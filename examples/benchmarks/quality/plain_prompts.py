@@ -21,7 +21,7 @@ from diffusers_perfusion.evaluation import drift
 def generate(pipeline, superclass):
     """Return an image of each prompt, as numbers in [0, 1]."""
     generator = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    prompts = [prompt.format(superclass) for prompt in PROMPTS]
+    prompts = [prompt.text.format(superclass) for prompt in PROMPTS]
     return pipeline(prompts, num_inference_steps=25, guidance_scale=5.0, generator=generator, output_type="pt").images
 
 

@@ -9,32 +9,29 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pareto_fronts import RESAMPLES, advantage, interval, read_images, score_all, steps_to
-from subjects import POCKET, PROMPTS, Subject
+from pareto_fronts import RESAMPLES, advantage, interval, mean, read_images, score_all
+from subjects import FAMILIES, POCKET, PROMPTS, Subject
 from variants import ICONS, PANELS
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 from diffusers_perfusion.evaluation.contact_sheet import make_contact_sheet
 
-# Of the table of steps.
-IDENTITIES = (0.42, 0.44, 0.46, 0.48, 0.5)
-
 # Rows of the contact sheets: what to call them, the variant, and the number of its point.
 CONTACT_SHEET = (
     ("base model", "base", 0),
-    ("Perfusion, bias 1.2", "perfusion", 2),
+    ("Perfusion, bias 0.7", "perfusion", 0),
     ("LoRA r4, scale 0.6", "lora4", 1),
     ("LoRA r4, scale 1", "lora4", 3),
-    ("Textual Inversion", "textual inversion", 1),
-    ("Custom Diffusion", "custom diffusion", 2),
+    ("Textual Inversion", "textual inversion", 0),
+    ("Custom Diffusion", "custom diffusion", 0),
 )
 
 
 def means(scores):
     """Return each measure of one point with its interval over cells."""
     rng = np.random.default_rng(0)
-    resampled = scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(1)
-    return [(float(scores[:, k].mean()), interval(resampled[:, k])) for k in range(scores.shape[-1])]
+    resampled = mean(scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))], 1)
+    return [(float(value), interval(resampled[:, k])) for k, value in enumerate(mean(scores, 0))]
 
 
 def cell(value, ends):
@@ -48,47 +45,55 @@ def settings(point):
 
 
 def points_table(fronts):
-    """Return a table of every point of every Pareto front."""
+    """Return a table of every point of every Pareto front, over all prompts."""
     lines = [
-        "| | steps | β or scale | identity | text alignment | asked for and found | harmonic mean | bytes | seconds |",
+        "| | steps | β or scale | identity | text alignment | asked for and found | natural / plain identity "
+        "| lowest of a subject | bytes | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for front in fronts.values():
+        for point, scores, ratio in zip(front.points, front.scores, front.ratios(), strict=True):
+            identity, text, share = means(scores)
+            lines.append(
+                f"| {front.name} | {settings(point)} | {cell(*identity)} | {cell(*text)} | {cell(*share)} "
+                f"| {cell(*ratio[:2])} | {ratio[2]:.2f} | {front.bytes:,} | {front.seconds:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def families_table(fronts):
+    """Return a table of every point of every Pareto front, by families of prompts."""
+    lines = [
+        "| | steps | β or scale | plain: identity | plain: text alignment | natural: identity "
+        "| natural: text alignment | appearance: text alignment | appearance: asked for and found |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for front in fronts.values():
-        for point, scores in zip(front.points, front.scores, strict=True):
-            identity, text, share = means(scores)
-            harmonic = 2 / (1 / identity[0] + 1 / text[0])
-            lines.append(
-                f"| {front.name} | {settings(point)} | {cell(*identity)} | {cell(*text)} | {cell(*share)} "
-                f"| {harmonic:.3f} | {front.bytes:,} | {front.seconds:.0f} |"
-            )
+        families = [front.of_family(family).scores for family in FAMILIES]
+        for point, *scores in zip(front.points, *families, strict=True):
+            plain, natural = (means(of_family)[:2] for of_family in scores[:2])
+            appearance = means(scores[2])[1:]
+            cells = " | ".join(cell(*measure) for measure in (*plain, *natural, *appearance))
+            lines.append(f"| {front.name} | {settings(point)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def advantage_table(fronts, name):
     """Return a table of how far one Pareto front is above each point of the others, at that point's text scores."""
     lines = [
-        f"| {name} against | steps | β or scale | at its text alignment | at its share of asked for and found |",
-        "|---|---|---|---|---|",
+        f"| {name} against | steps | β or scale | at its text alignment, all prompts | plain prompts "
+        "| natural prompts | at its share of asked for and found |",
+        "|---|---|---|---|---|---|---|",
     ]
+    own = fronts[name]
     for other in fronts.values():
         if other.name == name:
             continue
         for number, point in enumerate(other.points):
-            by_text, by_share = (advantage(fronts[name], other, number, measure) for measure in (1, 2))
-            lines.append(f"| {other.name} | {settings(point)} | {cell(*by_text)} | {cell(*by_share)} |")
-    return "\n".join(lines) + "\n"
-
-
-def steps_table(fronts):
-    """Return a table of the steps after which each variant reaches an identity, and its text alignment then."""
-    lines = [
-        f"| steps (text alignment) to an identity of | {' | '.join(fronts)} |",
-        f"|---|{'---|' * len(fronts)}",
-    ]
-    for identity in IDENTITIES:
-        reached = [steps_to(front.points, front.means, identity) for front in fronts.values()]
-        cells = ["not in time" if np.isnan(steps) else f"{steps:.0f} ({text:.3f})" for steps, text in reached]
-        lines.append(f"| {identity} | " + " | ".join(cells) + " |")
+            cells = [advantage(own, other, number)]
+            cells += [advantage(own.of_family(f), other.of_family(f), number) for f in FAMILIES[:2]]
+            cells += [advantage(own, other, number, measure=2)]
+            lines.append(f"| {other.name} | {settings(point)} | {' | '.join(cell(*one) for one in cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -112,7 +117,12 @@ def contact_sheet(output_dir, icon):
         run = json.loads((runs / variant / icon / "run.json").read_text())
         generated = read_images(runs / variant / icon / "images.png", run["seeds"])[point]
         rows.append((label, [seeds[0] for seeds in generated]))
-    return make_contact_sheet(rows, [prompt.format("…") for prompt in PROMPTS], side=96, label_width=150)
+    return make_contact_sheet(rows, [prompt.text.format("…") for prompt in PROMPTS], side=96, label_width=150)
+
+
+def _rounded(scores):
+    """Return scores as JSON has them: four digits, and None for what is not comparable."""
+    return [[None if np.isnan(value) else round(float(value), 4) for value in cell] for cell in scores]
 
 
 def main(args=None):
@@ -129,11 +139,9 @@ def main(args=None):
     names = [variant.name for variant in PANELS[arguments.panel]]
     icons = ICONS[arguments.panel]
     fronts = score_all(arguments.output_dir, names, icons, clip, identity)
-    report = points_table(fronts)
+    report = points_table(fronts) + "\n" + families_table(fronts)
     if "perfusion" in fronts:
         report += "\n" + advantage_table(fronts, "perfusion")
-    if arguments.panel == "early":
-        report += "\n" + steps_table(fronts)
     print(report)
     if arguments.report_dir:
         arguments.report_dir.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,7 @@ def main(args=None):
             for icon in icons:
                 contact_sheet(arguments.output_dir, icon).save(arguments.report_dir / f"{icon}.png")
         rows = [
-            {"variant": f.name, **p, "seconds": f.seconds, "bytes": f.bytes, "cells": s.round(4).tolist()}
+            {"variant": f.name, **p, "seconds": f.seconds, "bytes": f.bytes, "cells": _rounded(s)}
             for f in fronts.values()
             for p, s in zip(f.points, f.scores, strict=True)
         ]

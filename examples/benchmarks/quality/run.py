@@ -2,7 +2,7 @@
 
     cd examples/benchmarks/quality && python run.py --output_dir outputs --report_dir results
 
-Takes under four hours on two cores; the same command resumes a stopped one.
+Takes about four hours on two cores; the same command resumes a stopped one.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import ceiling
 import compare
 import file_sizes
 import plain_prompts
+import prompt_forms
 import report
 import two_concepts
 from variants import PANELS
@@ -30,6 +31,7 @@ def main(args=None):
         report.main(["--panel", panel, *folders])
     two_concepts.main(folders)
     plain_prompts.main(folders)
+    prompt_forms.main(folders)
     ceiling.main(folders)
     file_sizes.main(folders[2:])
 

@@ -1,4 +1,4 @@
-"""Measure how often two subjects, trained apart, both appear when a prompt names both side by side.
+"""Measure how often two subjects, trained apart, both appear when a prompt names both side by side, in either order.
 
     python examples/benchmarks/quality/two_concepts.py --output_dir outputs/quality --report_dir results
 
@@ -11,7 +11,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ PROMPTS = (
     "a {} and a {} in the snow",
     "a {} next to a {} in a meadow",
     "a {} and a {} in space",
+    "a photo of a {} wearing a top hat next to a {} in the desert",
 )
 HALVES = (0, 16, 40, 56), (24, 16, 64, 56)
 MEASURES = ("both things found in the halves", "CLIP sees both nouns")
@@ -151,8 +152,8 @@ def baseline(name, run, method, step, scale=None):
 
 ENTRIES = [
     Entry("base model, two nouns", "base", lambda pipeline, folders: {}, "{superclass}"),
-    *[perfusion(bias) for bias in (1.0, 1.2, 1.4)],
-    *[baseline(f"LoRAs of rank 4 merged, scale {scale}", "lora4", "lora", 250, scale) for scale in (0.6, 1.0)],
+    *[perfusion(bias) for bias in (0.7, 1.0)],
+    baseline("LoRAs of rank 4 merged, scale 0.6", "lora4", "lora", 250, 0.6),
     baseline("Textual Inversion tokens", "textual inversion", "textual_inversion", 150),
 ]
 
@@ -160,8 +161,16 @@ ENTRIES = [
 def true_scenes(rendition, pair, seeds, rng, sprites):
     """Return true images of what the prompts say, with things of one rendition."""
     first, second = (Thing(subject.icon, rendition) for subject in pair)
-    places = [prompt.split("{} ")[-1] for prompt in PROMPTS for _ in range(seeds)]
-    return [Scene(first, place, "next to", second).draw(sprites, rng) for place in places]
+    scenes = [
+        Scene(
+            replace(first, worn="top-hat" if "wearing a top hat" in prompt else None),
+            prompt.split("{} ")[-1],
+            "next to",
+            second,
+        )
+        for prompt in PROMPTS
+    ]
+    return [scene.draw(sprites, rng) for scene in scenes for _ in range(seeds)]
 
 
 def count(images, pair, seeds, finder, clip):
@@ -179,7 +188,7 @@ def main(args=None):
     parser.add_argument("--base", default=str(POCKET))
     parser.add_argument("--clip", default=str(POCKET / "evaluators" / "clip"))
     parser.add_argument("--identity", default=str(POCKET / "evaluators" / "identity"))
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     parser.add_argument("--report_dir", type=Path, required=True)
     arguments = parser.parse_args(args)
@@ -188,7 +197,8 @@ def main(args=None):
     sprites = load_sprites(POCKET / "recipe" / "sprites.npz", [*BASE_RENDITIONS, CONCEPT_RENDITION])
     finder, rng = Finder(identity, sprites, TEST), random.Random(1)
     subjects = [compose_subject(icon, arguments.output_dir / "subjects") for icon in TEST]
-    pairs = list(zip(subjects, subjects[1:] + subjects[:1], strict=True))
+    neighbours = list(zip(subjects, subjects[1:] + subjects[:1], strict=True))
+    pairs = [*neighbours, *(pair[::-1] for pair in neighbours)]
     sources = {
         "true images of both": lambda pair: true_scenes(CONCEPT_RENDITION, pair, arguments.seeds, rng, sprites),
         "true images of another rendition": lambda pair: true_scenes("twemoji", pair, arguments.seeds, rng, sprites),
@@ -205,7 +215,7 @@ def main(args=None):
         report[name] = dict(zip(MEASURES, [share._asdict() for share in shares], strict=True))
         cells = [f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%})" for share in shares]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-        shown.append([row[column] for row in rows for column in (0, arguments.seeds)])
+        shown.append([row[column] for row in rows[: len(neighbours)] for column in (0, arguments.seeds)])
     arguments.report_dir.mkdir(parents=True, exist_ok=True)
     (arguments.report_dir / "two_concepts.md").write_text("\n".join(lines) + "\n")
     (arguments.report_dir / "two_concepts.json").write_text(json.dumps(report, indent=2) + "\n")
