@@ -199,7 +199,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         return before
 
     def mark_perfusion(
-        self, prompt_embeds: Tensor, names: str | Sequence[str] | Mapping[str, Sequence[int]] | None = None
+        self, prompt_embeds: Tensor, names: str | Sequence[str] | Mapping[str, int | Sequence[int]] | None = None
     ) -> None:
         """Register which concepts prompt embeddings hold that were weighted, mixed or encoded elsewhere.
 
@@ -220,7 +220,8 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         if names is None and not registry.active:
             raise ValueError("no concept is active; name the concepts that are in prompt_embeds")
         names = registry.active if names is None else [names] if isinstance(names, str) else names
-        places = names if isinstance(names, Mapping) else dict.fromkeys(names, ())
+        given = names if isinstance(names, Mapping) else dict.fromkeys(names, ())
+        places = {name: (at,) if isinstance(at, int) else tuple(at) for name, at in given.items()}
         self._check_loaded(list(places))
         width = sum(registry.widths)
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != width:
@@ -239,7 +240,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
                     raise ValueError(f"position {position} is given for {other!r} and {name!r}; expected one of them")
         registry.register(
             prompt_embeds,
-            {registry.loaded[name].concept.placeholder_token: tuple(places[name]) for name in places},
+            {registry.loaded[name].concept.placeholder_token: positions for name, positions in places.items()},
         )
 
     def enable_perfusion(self) -> None:

@@ -672,6 +672,8 @@ def test_marked_embeddings_may_come_with_the_positions_of_their_tokens(pipeline,
     embeddings = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
     pipeline.mark_perfusion(positive, places)
     assert torch.equal(generate(prompt, **embeddings), expected)
+    pipeline.mark_perfusion(positive, {name: place for name, (place,) in places.items()})
+    assert torch.equal(generate(prompt, **embeddings), expected)
     pipeline.mark_perfusion(positive, {name: [5 + place] for name, (place,) in places.items()})
     assert differ(generate(prompt, **embeddings), expected)
     for place in (-1, LENGTH, 1.5):
