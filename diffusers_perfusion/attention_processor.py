@@ -54,6 +54,8 @@ class Edit:
         superclass_input: `i_super` of each concept, `(J, d)`.
         coef: similarity of hidden states to these, of `rank_one_edit.similarities`, `(batch, length, J)`.
         gate: of `rank_one_edit.gates`, `(batch, length, J)`.
+        inputs: what layers project instead of their hidden states, of `rank_one_edit.fade`, `(batch, length, d)`;
+            None for the hidden states as they are.
         superclass_prompt: hidden states of the super-class prompts, `(batch, length, d)`, which all keys are computed
             from under global key-locking; None under local key-locking.
         repeats_rows: whether the model repeats each row (`repeat_interleave`) before it calls its layers.
@@ -63,6 +65,7 @@ class Edit:
     superclass_input: Tensor
     coef: Tensor
     gate: Tensor
+    inputs: Tensor | None = None
     superclass_prompt: Tensor | None = None
     repeats_rows: bool = False
 
@@ -157,10 +160,11 @@ class PerfusionAttnProcessor:
 
     Used alone, as in `unet.set_attn_processor(concept.attn_processors(unet))`, it knows hidden states and not prompts.
     In each row the position that is most like a concept's target input counts as its token, if it is at least half as
-    similar as that itself. That costs four things:
+    similar as that itself. That costs five things:
     - A token is not found where the words around it change it too much, and only one of several occurrences is.
     - A prompt of the plain super-class may be edited too.
     - Global key-locking is not there: it needs the super-class prompt.
+    - A high bias leads less far towards the super-class, because hidden states do not fade (`rank_one_edit.fade`).
     - A prompt without the token, or whose token the tokenizer does not know, gets no warning.
     Pipelines with `load_perfusion` know the rows and have none of these costs.
 
@@ -345,16 +349,22 @@ class _EditedAttention:
 
     def _keys(self, projection: Projection, hidden_states: Tensor) -> Tensor:
         if self._edit.superclass_prompt is not None:
-            superclass_prompt = self._edit.superclass_prompt.to(hidden_states.dtype)
-            return projection(self._edit.repeated(superclass_prompt, len(hidden_states)))
+            return projection(self._instead_of(hidden_states, self._edit.superclass_prompt))
         w_i = self._projected(projection, hidden_states.dtype)
-        return self._edited(projection(hidden_states), w_i, w_i)
+        return self._edited(projection(self._instead_of(hidden_states, self._edit.inputs)), w_i, w_i)
 
     def _values(self, projection: Projection, hidden_states: Tensor) -> Tensor:
         # Cast one by one: autocast on a CPU does not stack half precision, in which files are stored.
         outputs = [concept.target_outputs[self._layer].to(hidden_states) for concept in self._edit.concepts]
         w_i = self._projected(projection, hidden_states.dtype)
-        return self._edited(projection(hidden_states), w_i, torch.stack(outputs))
+        inputs = self._instead_of(hidden_states, self._edit.inputs)
+        return self._edited(projection(inputs), w_i, torch.stack(outputs))
+
+    def _instead_of(self, hidden_states: Tensor, others: Tensor | None) -> Tensor:
+        """Return other hidden states of the edit as the layer takes them, or its own if there are none."""
+        if others is None:
+            return hidden_states
+        return self._edit.repeated(others.to(hidden_states.dtype), len(hidden_states))
 
     def _edited(self, h: Tensor, w_i: Tensor, o: Tensor) -> Tensor:
         coef, gate = (self._edit.repeated(part, len(h)) for part in (self._edit.coef, self._edit.gate))

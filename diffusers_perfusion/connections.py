@@ -19,41 +19,40 @@ class Row:
     """One row of a batch of hidden states, recognised.
 
     Attributes:
-        parts: the prompt of each text encoder's part of the row.
-        trackers: what remembers the prompts; none where the user or the trainer has said what is in the row.
+        parts: the prompt of each text encoder's part of the row; none if nobody knows the prompts.
+        trackers: what remembers these prompts.
+        given: positions of each placeholder token, where the user or the trainer has said what is in the row.
     """
 
-    parts: Sequence[Prompt]
+    parts: Sequence[Prompt] = ()
     trackers: Sequence[PromptTracker] = ()
+    given: Mapping[str, tuple[int, ...]] | None = None
 
     @property
-    def tokens(self) -> dict[str, tuple[int, ...]]:
-        """Positions of each placeholder token, in the parts of all text encoders that read it."""
+    def tokens(self) -> Mapping[str, tuple[int, ...]]:
+        """Positions of each placeholder token, as given or in the parts of all text encoders that read it."""
+        if self.given is not None:
+            return self.given
         found: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
             for token, positions in part.tokens.items():
                 found[token] = tuple(sorted({*found.get(token, ()), *positions}))
         return found
 
-    def superclass_row(self, row: Tensor) -> Tensor:
+    def superclass_row(self, row: Tensor) -> Tensor | None:
         """Return the row `(length, width)` of the super-class prompt, where a part holds a token.
 
-        Raises:
-            ValueError: if nobody knows the prompt, or its text encoder is gone.
+        None if nobody knows the prompt, or its text encoder is gone.
         """
         if not self.trackers:
-            raise ValueError(
-                "global key-locking needs the super-class prompt, and prompt embeddings that were weighted or mixed "
-                "have none; lock the keys with set_perfusion(locking='local')"
-            )
-        parts = row.split([tracker.width for tracker in self.trackers], -1)
-        return torch.cat(
-            [
-                tracker.superclass_hidden_states(prompt).to(part) if prompt.tokens else part
-                for part, prompt, tracker in zip(parts, self.parts, self.trackers, strict=True)
-            ],
-            -1,
-        )
+            return None
+        parts = list(row.split([tracker.width for tracker in self.trackers], -1))
+        for number, (prompt, tracker) in enumerate(zip(self.parts, self.trackers, strict=True)):
+            if prompt.tokens:
+                if (found := tracker.superclass_hidden_states(prompt)) is None:
+                    return None
+                parts[number] = found.to(parts[number])
+        return torch.cat(parts, -1)
 
 
 class Connection:

@@ -204,7 +204,8 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         """Register which concepts prompt embeddings hold that were weighted, mixed or encoded elsewhere.
 
         What `encode_prompt` returns while the concepts are loaded is recognised by itself, as are its rows, repeated
-        or in another precision. Without this call, a warning says that no concept is applied.
+        or in another precision. Without this call, a warning says that no concept is applied. Where nobody knows the
+        super-class prompt, a high bias leads less far towards the super-class, and keys cannot be locked globally.
 
         Args:
             prompt_embeds: as the pipeline takes them, `(batch, length, width)`.

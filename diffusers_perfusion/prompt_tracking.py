@@ -120,19 +120,16 @@ class PromptTracker:
             self._call.paused = before
 
     @contextmanager
-    def taking(
-        self, clip_skip: int | None, max_sequence_length: int | None, superclass_prompts: bool = False
-    ) -> Iterator[None]:
+    def taking(self, clip_skip: int | None, max_sequence_length: int | None) -> Iterator[None]:
         """Set which hidden states the pipeline uses of prompts that this thread encodes in the body of the statement.
 
         Args:
             clip_skip: as in `ModelFamily.possible_hidden_states`.
             max_sequence_length: as in `ModelFamily.kept_positions`.
-            superclass_prompts: encode them now, when an offloaded text encoder is where it computes.
         """
         call = vars(self._call)
         before = dict(call)
-        call |= {"clip_skip": clip_skip, "max_length": max_sequence_length, "superclass_prompts": superclass_prompts}
+        call |= {"clip_skip": clip_skip, "max_length": max_sequence_length}
         try:
             yield
         finally:
@@ -147,6 +144,7 @@ class PromptTracker:
         max_length = getattr(self._call, "max_length", None)
         possible = self.family.possible_hidden_states(tokens.text_encoder, output, attention_mask, clip_skip)
         versions = tokens.versions()
+        superclass_prompts = {}
         for number, ids in enumerate(input_ids.tolist()):
             kept = self.family.kept_positions(len(ids), max_length)
             places = {position: place for place, position in enumerate(kept)}
@@ -161,46 +159,49 @@ class PromptTracker:
             for choice, hidden_states in enumerate(possible):
                 prompt = Prompt(found, superclass, mask, clip_skip, kept, choice, text, versions)
                 self.memory.remember(hidden_states[number][list(kept)], prompt)
-                if found and getattr(self._call, "superclass_prompts", False):
-                    self.superclass_hidden_states(prompt)
+                if superclass is not None:
+                    superclass_prompts[prompt] = superclass
+        if superclass_prompts:  # now, when an offloaded text encoder is where it computes
+            self._encode_superclass(superclass_prompts, tokens)
 
-    @torch.no_grad()
-    def superclass_hidden_states(self, prompt: Prompt) -> Tensor:
+    def superclass_hidden_states(self, prompt: Prompt) -> Tensor | None:
         """Return the hidden states of a prompt with the super-class in place of each token, `(length, width)`.
 
-        Each position belongs to the same position of the prompt, as `SuperclassPrompt.places` says.
-
-        Raises:
-            ValueError: if nobody knows the prompt's tokens, or the text encoder is gone.
+        Each position belongs to the same position of the prompt, as `SuperclassPrompt.places` says. None if nobody
+        knows the prompt's tokens, or its super-class prompt is not kept any more and the text encoder is gone.
         """
-        if prompt in self._superclass_prompts:
-            return self._superclass_prompts[prompt]
-        tokens = self._tokens()
-        if prompt.superclass is None or tokens is None:
-            raise ValueError(
-                "global key-locking needs the super-class prompt, which cannot be encoded: "
-                + ("the text encoder is gone" if tokens is None else "these hidden states were weighted or mixed")
-                + "; lock the keys with set_perfusion(locking='local')"
-            )
-        ids, places, longer = prompt.superclass
-        mask = prompt.attention_mask
+        tokens, superclass = self._tokens(), prompt.superclass
+        if prompt not in self._superclass_prompts and tokens is not None and superclass is not None:
+            self._encode_superclass({prompt: superclass}, tokens)
+        return self._superclass_prompts.get(prompt)
+
+    @torch.no_grad()
+    def _encode_superclass(self, prompts: Mapping[Prompt, SuperclassPrompt], tokens: PlaceholderTokens) -> None:
+        """Encode the super-class prompts of prompts that were encoded together, and keep their hidden states."""
         table = embedding_table(tokens.text_encoder)
         device = "cpu" if table.is_meta else table.device  # hooks of an offloaded one move its inputs
-        if mask is not None:
-            mask = (torch.arange(len(mask)) < int(mask.sum()) + longer)[None].to(mask).to(device)
+        distinct = {tuple(superclass.input_ids): prompt for prompt, superclass in prompts.items()}
+        masks = [
+            (torch.arange(len(old)) < int(old.sum()) + prompts[prompt].longer).to(old)
+            for prompt in distinct.values()
+            if (old := prompt.attention_mask) is not None
+        ]
+        mask = torch.stack(masks).to(device) if masks else None
+        clip_skip = next(iter(prompts)).clip_skip
         with self.paused():
             output = tokens.text_encoder(
-                torch.tensor([ids], device=device),
+                torch.tensor(list(distinct), device=device),
                 attention_mask=mask,
                 # Only where it is needed: transformers 5 leaves hooks on the layers that it was asked about.
-                output_hidden_states=self.family.hidden_state_index is not None or prompt.clip_skip is not None,
+                output_hidden_states=self.family.hidden_state_index is not None or clip_skip is not None,
             )
-        possible = self.family.possible_hidden_states(tokens.text_encoder, output, mask, prompt.clip_skip)
-        found = possible[prompt.choice][0][[places[position] for position in prompt.kept]]
-        self._superclass_prompts[prompt] = found
+        possible = self.family.possible_hidden_states(tokens.text_encoder, output, mask, clip_skip)
+        rows = {ids: number for number, ids in enumerate(distinct)}
+        for prompt, (ids, places, _) in prompts.items():
+            found = possible[prompt.choice][rows[tuple(ids)]]
+            self._superclass_prompts[prompt] = found[[places[position] for position in prompt.kept]].cpu()
         while len(self._superclass_prompts) > MAX_SUPERCLASS_PROMPTS:
             del self._superclass_prompts[next(iter(self._superclass_prompts))]
-        return found
 
 
 def _digest(row: Tensor) -> bytes:

@@ -6,7 +6,7 @@ Eq. 3 edits the output `h = W e` of a frozen projection, at each text position, 
 
 where `sim(a, b) = aᵀ C⁻¹ b` and `‖i‖² = sim(i, i)`. Of `C⁻¹` only the vector `C⁻¹ i*` is needed; its scale cancels.
 
-Three things differ from the paper:
+Four things differ from the paper:
 - What is removed is the part along the super-class input `i_super`, which stays where it is. The paper removes that
   along `i*`, which follows the hidden state at the placeholder token.
 - The gate is `σ((1 − β)/τ)` at the placeholder token and 0 elsewhere: its similarity is relative to the token's own.
@@ -14,6 +14,9 @@ Three things differ from the paper:
   another, and it opens at words like the token, such as the plain super-class.
 - The gate also scales what is removed: at a shut gate a position stays as the text encoder gives it. The paper removes
   it anyway, so that with a higher bias the token loses its effect, and a prompt is followed no better.
+- The hidden states themselves fade: at a gate `g` they are `e_super + g (e − e_super)`, with those of the super-class
+  prompt, "a cat" for "a <my-cat>". The token's embedding gives much of a subject to the words around it, which no gate
+  in a layer would take back. A training leaves this out, since its gate is nearly open.
 
 So an edit of several concepts is the sum of theirs (Eq. 4 where no token is another's). `i*` only finds tokens whose
 positions are unknown.
@@ -70,12 +73,31 @@ def find_tokens(similarity: Tensor) -> Tensor:
 def gates(tokens: Tensor, bias: Tensor, temperature: Tensor) -> Tensor:
     """Return the gate of each concept at every text position: `σ((1 − β_j)/τ_j)` at its tokens, 0 elsewhere.
 
+    At a token it is never quite 0, so that the tokens can be told from it.
+
     Args:
         tokens: where the placeholder token of each concept is, bool, `(..., length, J)`.
         bias: `β_j`, `(J,)`.
         temperature: `τ_j`, `(J,)`.
     """
-    return tokens * torch.sigmoid((1 - bias) / temperature)
+    gate = torch.sigmoid((1 - bias) / temperature)
+    return tokens * gate.clamp(min=torch.finfo(gate.dtype).tiny)
+
+
+def fade(e: Tensor, e_super: Tensor, gate: Tensor) -> Tensor:
+    """Return hidden states between those of the super-class prompt and of the prompt: `e_super + g (e − e_super)`.
+
+    `g` is the gate of the concept whose token a position holds, and at other positions the highest gate of the prompt.
+    Rows that are their own super-class prompt stay what they are.
+
+    Args:
+        e: hidden states of prompts, `(..., length, d)`.
+        e_super: of their super-class prompts, position by position, `(..., length, d)`.
+        gate: from `gates`, `(..., length, J)`.
+    """
+    gate = gate.amax(-1, keepdim=True)
+    g = torch.where(gate > 0, gate, gate.amax(-2, keepdim=True))
+    return (e_super + g * (e.float() - e_super.float())).to(e.dtype)
 
 
 def edit(h: Tensor, coef: Tensor, gate: Tensor, w_i: Tensor, o: Tensor) -> Tensor:
@@ -84,7 +106,7 @@ def edit(h: Tensor, coef: Tensor, gate: Tensor, w_i: Tensor, o: Tensor) -> Tenso
     It is Eq. 3 where a gate is 1. Positions where all gates are 0 keep the very bits of `h`.
 
     Args:
-        h: `W e`, `(..., d_out)`.
+        h: `W e`, of hidden states from `fade` where the super-class prompt is known, `(..., d_out)`.
         coef: similarity to the super-class inputs, from `similarities`, `(..., J)`.
         gate: from `gates`, `(..., J)`.
         w_i: `W i_super` of each concept without the bias of the projection, `(J, d_out)`.

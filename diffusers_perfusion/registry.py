@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from .connections import Connection, Row
 from .model_families import ModelFamily
 from .placeholder_tokens import PlaceholderTokens
 from .prompt_tracking import Prompt, PromptTracker, RowMemory
-from .rank_one_edit import find_tokens, gates, similarities
+from .rank_one_edit import fade, find_tokens, gates, similarities
 
 logger = logging.get_logger(__name__)
 
@@ -242,7 +242,7 @@ class ConceptRegistry:
                 if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
                     stack.enter_context(tokens.only(self))
                     tracker = PromptTracker.of(tokens)
-                    stack.enter_context(tracker.taking(clip_skip, max_sequence_length, self.locking == "global"))
+                    stack.enter_context(tracker.taking(clip_skip, max_sequence_length))
             yield
 
     @contextmanager
@@ -281,14 +281,13 @@ class ConceptRegistry:
 
     def _recognise(self, row: Tensor) -> Row | None:
         """Return which tokens a row `(length, width)` holds; None if it is not recognised."""
-        if (given := self._given_rows.find(row)) is not None:
-            return Row([given])
         active = sorted(self._active_tokens)
-        for connection in self._connections:
-            if (found := connection.recognise(row, active)) is not None:
-                return found
+        parts = (connection.recognise(row, active) for connection in self._connections)
+        found = next((one for one in parts if one is not None), None)
+        if (given := self._given_rows.find(row)) is not None:
+            return replace(found or Row(), given=given.tokens)
         # Zeros stand for an empty prompt, in Stable Diffusion XL say.
-        return None if row.any() else Row([Prompt({})])
+        return found if found or row.any() else Row()
 
     def prepare(
         self, hidden_states: Tensor | None, rows: Sequence[Mapping[str, tuple[int, ...]]] | None = None
@@ -343,7 +342,7 @@ class ConceptRegistry:
 
     def _edit_of(self, hidden_states: Tensor, given: Sequence[Mapping[str, tuple[int, ...]]] | None) -> Edit | None:
         if given is not None:
-            recognised: list[Row | None] = [Row([Prompt(tokens)]) for tokens in given]
+            recognised: list[Row | None] = [Row(given=tokens) for tokens in given]
         else:
             recognised = [self._recognise(row) for row in hidden_states]
         if unknown := [number for number, row in enumerate(recognised) if row is None]:
@@ -379,21 +378,44 @@ class ConceptRegistry:
                 entry.concept = entry.concept.to(inputs.device)
             entry.bias, entry.temperature = entry.bias.to(inputs.device), entry.temperature.to(inputs.device)
         coef, gate = self._coefficients(inputs, order, rows)
-        superclass_prompt = None
-        if self.locking == "global":
-            superclass_prompt = hidden_states.clone()
-            for number, row in enumerate(recognised):
-                if row is not None and not self._active_tokens.isdisjoint(row.tokens):
-                    superclass_prompt[number] = row.superclass_row(hidden_states[number])
-            superclass_prompt = self._project(superclass_prompt)
+        superclass_prompt = self._superclass_prompt(hidden_states, {number: recognised[number] for number in rows})
         return Edit(
             concepts=tuple(entry.concept for entry in entries),
             superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
             coef=coef,
             gate=gate,
-            superclass_prompt=superclass_prompt,
+            inputs=None if superclass_prompt is None else fade(inputs, superclass_prompt, gate),
+            superclass_prompt=superclass_prompt if self.locking == "global" else None,
             repeats_rows=self.repeats_rows,
         )
+
+    def _superclass_prompt(self, hidden_states: Tensor, rows: Mapping[int, Row | None]) -> Tensor | None:
+        """Return what layers get of the super-class prompts, `(batch, length, d)`; None if none is known.
+
+        Args:
+            hidden_states: of all rows, as the model gets them.
+            rows: those with concepts, by number. The others stay as they are.
+
+        Raises:
+            ValueError: if one is not known and keys are locked globally.
+        """
+        known = {
+            number: found
+            for number, row in rows.items()
+            if row is not None and (found := row.superclass_row(hidden_states[number])) is not None
+        }
+        if len(known) < len(rows) and self.locking == "global":
+            raise ValueError(
+                f"global key-locking needs the super-class prompt, and nobody knows that of {len(rows) - len(known)} "
+                "prompt embeddings: they were weighted or mixed, or their text encoder is gone; lock the keys with "
+                "set_perfusion(locking='local')"
+            )
+        if not known:
+            return None
+        superclass_prompt = hidden_states.clone()
+        for number, found in known.items():
+            superclass_prompt[number] = found
+        return self._project(superclass_prompt)
 
     def _coefficients(
         self, inputs: Tensor, order: Sequence[str], rows: Mapping[int, Mapping[str, tuple[int, ...]]]

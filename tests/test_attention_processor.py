@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,19 @@ def test_keys_and_values_are_edited_with_locked_keys(unet, concepts_of, names):
     wrap_all(unet, Source(edit_of(concepts)))
     predict(unet)
     check_keys_and_values(recorders, concepts, weights(unet, "to_k"), weights(unet, "to_v"))
+
+
+@NAMES
+def test_layers_project_the_faded_hidden_states(unet, concepts_of, names):
+    edit, recorders = edit_of(concepts_of(*names)), record(unet)
+    source = Source(edit)
+    wrap_all(unet, source)
+    predict(unet, encodings(5))
+    expected = {name: (recorder.key, recorder.value) for name, recorder in recorders.items()}
+    source.edit = replace(edit, inputs=encodings(5))
+    predict(unet)
+    assert all(torch.equal(recorders[name].key, key) for name, (key, _) in expected.items())
+    assert all(torch.equal(recorders[name].value, value) for name, (_, value) in expected.items())
 
 
 @NAMES

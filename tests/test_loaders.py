@@ -649,9 +649,7 @@ def test_embeddings_of_ones_own_are_known_once_they_are_marked(pipeline, cat, do
     assert not warnings()
     assert all(differ(one, other) for one, other in itertools.combinations((bare, *generated.values()), 2))
     pipeline.set_perfusion(locking="global")
-    with pytest.raises(
-        ValueError, match=r"weighted or mixed have none; lock the keys with set_perfusion\(locking='local'\)"
-    ):
+    with pytest.raises(ValueError, match=r"nobody knows that of 1 prompt embeddings.*locking='local'"):
         generate(CAT, **embeddings)
     with pytest.raises(ValueError, match="no concept named 'my-cow' is loaded"):
         pipeline.mark_perfusion(positive, "my-cow")

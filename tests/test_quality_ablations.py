@@ -2,10 +2,11 @@
 
 import ablations
 import pytest
+import torch
 
 from diffusers_perfusion import attention_processor, registry
-from diffusers_perfusion.model_families import ModelFamily, cross_attention_layers
-from diffusers_perfusion.training import TrainingConfig, train, trainer
+from diffusers_perfusion.model_families import cross_attention_layers
+from diffusers_perfusion.training import TrainingConfig, train
 
 PROMPT = "a photo of <my-cat>"
 
@@ -48,13 +49,13 @@ def test_keys_are_trained_and_used(pipeline, trained, rate):
     assert difference > 1e-2 if rate else difference < 1e-5
 
 
-def test_more_templates_are_trained_with(trained, monkeypatch):
-    seen = []
-    encode = ModelFamily.tokenize
-    monkeypatch.setattr(
-        ModelFamily, "tokenize", lambda self, prompts, *args: seen.extend(prompts) or encode(self, prompts, *args)
-    )
-    with ablations.more_templates():
-        trained()
-    assert {"my <my-cat>", "a nice <my-cat>"} <= set(seen)
-    assert len(trainer.TEMPLATES) == 6
+def test_without_fading_keys_are_of_the_prompt_itself(pipeline, trained):
+    concept = trained()
+    faded, _ = keys_and_gate(pipeline, concept)
+    with ablations.no_fading():
+        keys, gate = keys_and_gate(pipeline, concept)
+    again, _ = keys_and_gate(pipeline, concept)
+    assert torch.equal(again, faded)
+    position = gate[0, :, 0].argmax()
+    assert not torch.allclose(keys[0, position:], faded[0, position:], atol=1e-4)
+    assert torch.equal(keys[0, :position], faded[0, :position])

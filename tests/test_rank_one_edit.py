@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_perfusion.rank_one_edit import edit, find_tokens, gates, similarities
+from diffusers_perfusion.rank_one_edit import edit, fade, find_tokens, gates, similarities
 
 WIDTH, LENGTH, OUT = 12, 5, 7
 examples = settings(deadline=None, max_examples=25, derandomize=True)
@@ -112,6 +112,37 @@ def test_metric_stays_in_float32_for_half_precision_hidden_states(dtype):
     for got in (similarities(*half), _under_autocast(half), _under_autocast([tensor.float() for tensor in half])):
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
+
+
+@examples
+@given(cases((1, 3)), st.floats(0, 1))
+def test_hidden_states_fade_with_the_gate_of_their_token_or_else_the_widest_one(case, bias):
+    e_super = case.e.flip(0)
+    faded = fade(case.e, e_super, gates(case.tokens, case.bias + bias, case.temperature))
+    gate = torch.sigmoid((1 - case.bias - bias) / case.temperature)
+    for position in range(LENGTH):
+        g = gate[position] if position < len(gate) else gate.max()
+        expected = (1 - g) * e_super[:, position] + g * case.e[:, position]
+        torch.testing.assert_close(faded[:, position].float(), expected.float())
+
+
+def test_a_shut_token_beside_an_open_one_is_faded():
+    """Also where its gate is below the smallest number."""
+    e, e_super = torch.randn(2, 3, 4).unbind()
+    tokens = torch.tensor([[True, False], [False, True], [False, False]])
+    faded = fade(e, e_super, gates(tokens, torch.tensor([-1e3, 1e3]), torch.tensor([0.1, 0.1])))
+    torch.testing.assert_close(faded, torch.stack([e[0], e_super[1], e[2]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_that_are_their_own_superclass_prompt_keep_their_bits(dtype):
+    e = torch.randn(2, 3, 4).to(dtype)
+    gate = torch.zeros(2, 3, 1)
+    gate[1, 1] = 0.7
+    faded = fade(e, torch.stack([e[0], e[0]]), gate)
+    assert faded.dtype == dtype
+    assert torch.equal(faded[0], e[0])
+    assert not torch.equal(faded[1], e[1])
 
 
 def _under_autocast(arguments):

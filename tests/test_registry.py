@@ -8,8 +8,9 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import LENGTH, WIDTH, expected_gates, random_concept
+from conftest import LENGTH, WIDTH, expected_gates, make_text_encoder, random_concept
 
+from diffusers_perfusion import PerfusionPipeline
 from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.placeholder_tokens import PlaceholderTokens
 from diffusers_perfusion.registry import ConceptRegistry, registry_of
@@ -226,6 +227,19 @@ def test_the_gate_at_a_token_is_that_of_bias_and_temperature_wherever_it_stands(
     assert registry.edit.gate[0, :, 0].nonzero()[:, 0].tolist() == places
 
 
+def test_the_gate_at_the_sixtieth_position_of_a_long_prompt_is_the_same(components):
+    components["tokenizer"].model_max_length = 77
+    components["text_encoder"] = make_text_encoder(components["tokenizer"], max_position_embeddings=77)
+    pipeline = PerfusionPipeline(**components)
+    pipeline.load_perfusion(random_concept(pipeline, bias=0.9, temperature=0.15))
+    hidden_states, _ = pipeline.encode_prompt("a " * 59 + "<my-cat> on the beach", "cpu", 1, False)
+    registry = registry_of(pipeline.unet)
+    registry.prepare(hidden_states)
+    (found,) = registry.edit.gate.nonzero().tolist()
+    assert found == [0, 60, 0]
+    torch.testing.assert_close(registry.edit.gate[0, 60, 0], torch.sigmoid(torch.tensor(0.1 / 0.15)))
+
+
 def test_a_token_is_found_where_nobody_knows_its_position(registry, load):
     unit = torch.eye(WIDTH)  # random ones may be hard to tell apart
     cat, dog = (
@@ -389,7 +403,37 @@ def test_each_thread_has_the_edit_of_its_own_batch(registry, load, encode):
     assert registry.edit is edit
 
 
-# Global key-locking
+# The super-class prompt
+
+
+def test_hidden_states_fade_to_the_superclass_prompt_as_the_gate_shuts(registry, load, encode):
+    plain = encode("a cat", "a dog on the beach", "on the teddy bear")
+    load("my-cat")
+    load("my-bear", 1, "teddy bear")
+    hidden_states = encode("a <my-cat>", "a dog on the beach", "on the <my-bear>")
+    for bias in (-9.0, 1.0, 9.0):
+        registry.loaded["my-cat"].bias = torch.tensor(bias)
+        registry.configure(["my-cat", "my-bear"], "local")
+        registry.prepare(hidden_states)
+        gate = registry.edit.gate[0].amax()
+        torch.testing.assert_close(registry.edit.inputs[0], torch.lerp(plain[0], hidden_states[0], gate))
+        assert torch.equal(registry.edit.inputs[1], hidden_states[1])
+    gate = registry.edit.gate[2].amax()
+    expected = torch.lerp(plain[2, [0, 1, 2, 4]], hidden_states[2, :4], gate)
+    torch.testing.assert_close(registry.edit.inputs[2, :4], expected)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_hidden_states_do_not_fade_where_nobody_knows_the_prompt(registry, load, encode, given):
+    load("my-cat")
+    registry.register(row(0)[None], {"<my-cat>": (1,)})
+    registry.prepare(row(0)[None], rows=[{"<my-cat>": (1,)}] if given else None)
+    assert registry.edit.gate.any() and registry.edit.inputs is None
+    if not given:
+        known = encode("a <my-cat>")
+        registry.prepare(torch.cat([row(0)[None], known]))
+        assert torch.equal(registry.edit.inputs[0], row(0))
+        assert not torch.equal(registry.edit.inputs[1], known[0])
 
 
 def test_global_key_locking_takes_the_superclass_prompt(registry, load, encode):

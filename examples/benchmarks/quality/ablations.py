@@ -9,7 +9,6 @@ from torch import nn
 
 from diffusers_perfusion import attention_processor
 from diffusers_perfusion.model_families import family_of
-from diffusers_perfusion.training import trainer
 from diffusers_perfusion.training.trainer import PerfusionTrainer
 
 
@@ -23,10 +22,9 @@ def first_images(source, folder, count):
     return target
 
 
-def more_templates():
-    """Train with further prompts: without an article, and with words that say nothing of the images."""
-    more = ("{}", "my {}", "a photo of my {}", "the {}", "a nice {}", "a small {}", "a drawing of a {}")
-    return patch("diffusers_perfusion.training.trainer.TEMPLATES", (*trainer.TEMPLATES, *more))
+def no_fading():
+    """Project the hidden states of the prompt as they are, at every gate."""
+    return patch("diffusers_perfusion.registry.fade", lambda e, e_super, gate: e)
 
 
 @contextmanager
@@ -48,9 +46,8 @@ def trained_keys():
     def to_k(self, hidden_states, *args):
         self.unused.discard("to_k")
         w_i = self._projected(self._attn.to_k, hidden_states.dtype)
-        return self._edited(
-            self._attn.to_k(hidden_states, *args), w_i, keys[self._layer][None].to(hidden_states.dtype)
-        )
+        inputs = self._instead_of(hidden_states, self._edit.inputs)
+        return self._edited(self._attn.to_k(inputs, *args), w_i, keys[self._layer][None].to(hidden_states.dtype))
 
     with (
         patch.object(attention_processor._EditedAttention, "to_k", to_k),

@@ -15,6 +15,7 @@ sees all of an image, unless the subject is read with its masks. No method gets 
 """
 
 import itertools
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,18 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_perfusion.model_families import cross_attention_layers, family_of
-from diffusers_perfusion.model_families.base import embedding_table
+from diffusers_perfusion.model_families.base import edited_model, embedding_table
 from diffusers_perfusion.training.images import read_images, to_tensor
 from diffusers_perfusion.training.loss import masked_loss, prediction_target, snr_weights
 from diffusers_perfusion.training.masks import subject_masks
@@ -54,17 +57,15 @@ SNR_GAMMA = 0.0
 @torch.no_grad()
 def read_subject(pipeline, folder, flip=True, masked=False):
     """Return the subject of a folder of images, with its masks or, as in the scripts, without."""
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    images = read_images(folder, side)
+    family = family_of(pipeline)
+    images = read_images(folder, family.default_resolution)
     masks, _ = subject_masks(str(Path(folder) / "masks") if masked else "none", images, folder, "", pipeline)
-    return make_training_data(
-        family_of(pipeline), pipeline.vae, to_tensor([image.image for image in images]), masks, flip
-    )
+    return make_training_data(family, pipeline.vae, to_tensor([image.image for image in images]), masks, flip)
 
 
 def freeze(pipeline):
     """Freeze the models, so that only what a method adds is trained."""
-    for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+    for model in (pipeline.vae, pipeline.text_encoder, edited_model(pipeline)):
         model.requires_grad_(False).eval()
 
 
@@ -105,9 +106,10 @@ def train(
         lr_scheduler: schedule of the learning rate, as a Perfusion training's.
         each_prompt: encode the prompt of each image, as the scripts do, and not each template once.
     """
-    device = pipeline.unet.device
+    family = family_of(pipeline)
+    device = family.model.device
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    (prompt_ids,) = family_of(pipeline).tokenize([template.format(phrase) for template in TEMPLATES])
+    (prompt_ids,) = family.tokenize([template.format(phrase) for template in TEMPLATES])
     prompt_ids = prompt_ids.to(device)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
     schedule = get_scheduler(
@@ -126,16 +128,17 @@ def train(
         images, prompts, timesteps, noise = (values.to(device) for values in sampled)
 
         if each_prompt:
-            hidden_states = pipeline.text_encoder(prompt_ids[prompts])[0]
+            encoding = family.encode([prompt_ids[prompts]])
         else:
             chosen = F.one_hot(prompts, len(TEMPLATES)).float()
-            hidden_states = torch.tensordot(chosen, pipeline.text_encoder(prompt_ids)[0], dims=1)
+            encoding = family.encode([prompt_ids])
+            encoding = encoding.map(lambda part, chosen=chosen: torch.tensordot(chosen, part.to(chosen), dims=1))
         latents = subject.latents[images]
         noisy = scheduler.add_noise(latents, noise, timesteps)
         # On a CPU the backward of the other kernel takes a third of a step in bfloat16.
         kernel = sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), kernel:
-            prediction = pipeline.unet(noisy, timesteps, encoder_hidden_states=hidden_states).sample
+            prediction = family.predict(family.model, noisy, timesteps, encoding, family.default_resolution)
         target = prediction_target(scheduler, latents, noise, timesteps)
         loss = masked_loss(prediction, target, subject.masks[images], snr_weights(scheduler, timesteps, SNR_GAMMA))
         loss.backward()
@@ -202,38 +205,53 @@ def load_textual_inversion(pipeline, *folders):
 
 
 def lora(pipeline, subject, placeholder_token, superclass, *, rank, changes=PROJECTIONS, phrase=None, seed=0, **how):
-    """Train low-rank changes of projections of the UNet, by default all of all attention layers.
+    """Train low-rank changes of projections of the model, by default all of all attention layers.
 
     `changes` says which, as peft's `target_modules`; `how` is of `train`.
     """
     freeze(pipeline)
-    unet = pipeline.unet
+    model = edited_model(pipeline)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(
-            LoraConfig(
-                r=rank,
-                lora_alpha=rank,
-                init_lora_weights="gaussian",
-                target_modules=changes,
-            )
-        )
+        inject_adapter_in_model(config, model)
 
     def save(folder):
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        layers = {name: tensor.half() for name, tensor in layers.items()}
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+        layers = {name: tensor.half() for name, tensor in get_peft_model_state_dict(model).items()}
+        if hasattr(pipeline, "save_lora_weights"):
+            pipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(layers))
+        else:  # diffusers loads no LoRA into PixArt
+            save_file(layers, folder / LORA_FILE, metadata={"rank": str(rank), "changes": json.dumps(changes)})
 
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return train(pipeline, subject, phrase or superclass, parameters, save, seed=seed, max_norm=MAX_NORM, **how)
 
 
 def load_lora(pipeline, *folders):
     """Load one, or add several up."""
+    if not hasattr(pipeline, "load_lora_weights"):
+        return inject_lora(pipeline.transformer, *folders)
     names = [f"concept_{number}" for number in range(len(folders))]
     for name, folder in zip(names, folders, strict=True):
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
     pipeline.set_adapters(names, [1.0] * len(names))
+
+
+def inject_lora(model, folder):
+    """Load one into a model by peft alone."""
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        rank, changes = (json.loads(file.metadata()[name]) for name in ("rank", "changes"))
+        layers = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=changes), model)
+    set_peft_model_state_dict(model, layers)
+
+
+def scale_lora(pipeline, scale):
+    """Set how much all loaded LoRAs count."""
+    for module in edited_model(pipeline).modules():
+        if isinstance(module, LoraLayer):
+            for name in module.active_adapters:
+                module.set_scale(name, scale)
 
 
 def custom_diffusion(pipeline, subject, placeholder_token, superclass, *, phrase=None, **how):

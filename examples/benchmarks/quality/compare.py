@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from PIL import Image
 from subjects import POCKET, PROMPTS, compose_subject
 from tqdm import tqdm
@@ -27,9 +27,21 @@ BATCH = 16
 
 def load_base(source):
     """Return the base model without progress bars."""
-    pipeline = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def encode(pipeline, prompts):
+    """Return what a pipeline is called with for prompts, encoded outside of autocast."""
+    if isinstance(pipeline, PixArtSigmaPipeline):
+        length = pipeline.tokenizer.model_max_length
+        positive, mask, negative, negative_mask = pipeline.encode_prompt(prompts, max_sequence_length=length)
+        masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": negative_mask}
+        options = {"negative_prompt": None, "use_resolution_binning": False} | masks
+    else:
+        (positive, negative), options = pipeline.encode_prompt(prompts, pipeline.device, 1, True), {}
+    return {"prompt_embeds": positive, "negative_prompt_embeds": negative} | options
 
 
 @torch.no_grad()
@@ -39,14 +51,13 @@ def generate(pipeline, prompts, seeds, num_inference_steps=25, **options):
     images = []
     for start in range(0, len(wanted), BATCH):
         batch, seeds = zip(*wanted[start : start + BATCH], strict=True)
-        positive, negative = pipeline.encode_prompt(list(batch), pipeline.device, 1, True)
+        encoded = encode(pipeline, list(batch))
         with torch.autocast("cpu", torch.bfloat16):
             images += pipeline(
-                prompt_embeds=positive,
-                negative_prompt_embeds=negative,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=5.0,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **encoded,
                 **options,
             ).images
     return images

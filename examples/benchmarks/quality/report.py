@@ -20,6 +20,7 @@ from diffusers_perfusion.evaluation.contact_sheet import make_contact_sheet
 CONTACT_SHEET = (
     ("base model", "base", 0),
     ("Perfusion, bias 0.7", "perfusion", 0),
+    ("Perfusion, bias 1.2", "perfusion", 3),
     ("LoRA r4, scale 0.6", "lora4", 1),
     ("LoRA r4, scale 1", "lora4", 3),
     ("Textual Inversion", "textual inversion", 0),
@@ -114,6 +115,8 @@ def contact_sheet(output_dir, icon):
     runs = output_dir / "runs"
     rows = [("images", Subject(icon, output_dir / "subjects" / icon).images())]
     for label, variant, point in CONTACT_SHEET:
+        if not (runs / variant / icon / "run.json").exists():
+            continue
         run = json.loads((runs / variant / icon / "run.json").read_text())
         generated = read_images(runs / variant / icon / "images.png", run["seeds"])[point]
         rows.append((label, [seeds[0] for seeds in generated]))
@@ -148,7 +151,7 @@ def main(args=None):
         (arguments.report_dir / f"{arguments.panel}.md").write_text(report)
         if arguments.panel == "main":  # the others have more lines than a plot can show
             plot(fronts).savefig(arguments.report_dir / "main.png", dpi=120)
-        if all(variant in fronts for _, variant, _ in CONTACT_SHEET):
+        if arguments.panel in ("main", "transfer"):
             for icon in icons:
                 contact_sheet(arguments.output_dir, icon).save(arguments.report_dir / f"{icon}.png")
         rows = [

@@ -26,7 +26,7 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     folders = ["--output_dir", str(arguments.output_dir), "--report_dir", str(arguments.report_dir)]
-    for panel in PANELS:
+    for panel in (panel for panel in PANELS if panel != "transfer"):  # which needs other base models
         compare.main(["--panel", panel, "--seeds", "2" if panel == "tuning" else "4", *folders[:2]])
         report.main(["--panel", panel, *folders])
     two_concepts.main(folders)

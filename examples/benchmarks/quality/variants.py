@@ -9,10 +9,10 @@ from typing import Any
 
 from ablations import (
     first_images,
-    more_templates,
+    no_fading,
     trained_keys,
 )
-from baselines import METHODS, bytes_of, read_subject
+from baselines import METHODS, bytes_of, read_subject, scale_lora
 from subjects import ABLATED, TEST, TUNING
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,7 +20,7 @@ from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.training import TrainingConfig
 from diffusers_perfusion.training import train as train_perfusion
 
-BIASES = (0.7, 0.9, 1.0, 1.1, 1.3)
+BIASES = (0.7, 0.85, 1.0, 1.2)
 SCALES = (0.4, 0.6, 0.8, 1.0)
 
 
@@ -95,7 +95,9 @@ class Baseline:
         """Yield a point for each scale."""
         METHODS[self.method].load(pipeline, file)
         for scale in self.scales or (None,):
-            yield scale, {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
+            if scale is not None:
+                scale_lora(pipeline, scale)
+            yield scale, {}
 
     def phrase(self, subject):
         """Return what names the subject in a prompt."""
@@ -204,9 +206,9 @@ PERFUSION = Perfusion("perfusion", biases=BIASES)
 LORA = Baseline("lora4", "lora", 1e-3, (250,), scales=SCALES, options={"rank": 4})
 
 
-def changed(name, *patches, temperature=None, locking="local", images=None, **settings):
-    """Return Perfusion with something changed, at three biases."""
-    return Perfusion(name, settings, (), (0.7, 0.9, 1.1), temperature, locking, images, patches)
+def changed(name, *patches, locking="local", images=None, **settings):
+    """Return Perfusion with something changed, at two biases."""
+    return Perfusion(name, settings, (), (0.7, 1.0), None, locking, images, patches)
 
 
 def lora_on(name, rate, changes):
@@ -215,21 +217,22 @@ def lora_on(name, rate, changes):
 
 
 def short_perfusion(steps, rate):
-    """Return Perfusion with a token embedding of this learning rate; the rates fall to zero at the last step."""
-    settings = {"max_train_steps": steps, "embedding_learning_rate": rate, "lr_scheduler": "cosine"}
-    return Perfusion(f"perfusion-{rate:g}-cosine-{steps}", settings, biases=(1.0, 1.2, 1.4))
+    """Return Perfusion with fewer steps and this learning rate of the token embedding."""
+    return Perfusion(
+        f"perfusion-{rate:g}-{steps}", {"max_train_steps": steps, "embedding_learning_rate": rate}, biases=(0.7, 1.0)
+    )
 
 
 def short_lora(steps, rate):
     """Return a LoRA of rank 4; its rate falls to zero at the last step."""
-    return Baseline(
-        f"lora4-{rate:g}-cosine-{steps}", "lora", rate, (steps,), options={"rank": 4, "lr_scheduler": "cosine"}
-    )
+    options = {"rank": 4, "lr_scheduler": "cosine"}
+    return Baseline(f"lora4-{rate:g}-cosine-{steps}", "lora", rate, (steps,), scales=(0.6, 1.0), options=options)
 
 
 # The things of each panel.
-ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST, "short": TEST}
+ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST, "short": TEST, "transfer": TEST}
 
+# The last one is for base models that nothing was chosen on.
 PANELS = {
     "tuning": [
         Base(),
@@ -243,15 +246,12 @@ PANELS = {
     ],
     "ablations": [
         PERFUSION,
+        changed("no fading", no_fading),
         changed("trained keys", trained_keys),
         changed("global keys", locking="global"),
-        changed("more templates", more_templates),
         changed("no mask", mask="none"),
         changed("attention masks", mask="attention"),
         changed("one image", images=1),
-        changed("temperature 0.1", temperature=0.1),
-        changed("training bias 0.5", train_bias=0.5),
-        changed("training bias 0.9", train_bias=0.9),
         changed("fixed embedding", embedding_learning_rate=0.0),
         LORA,
         lora_on("lora4, keys and values from text", 3e-3, r".*attn2\.to_[kv]"),
@@ -266,9 +266,9 @@ PANELS = {
     ],
     "short": [
         PERFUSION,
-        *(short_perfusion(steps, 0.006) for steps in (75, 100)),
-        *(short_perfusion(steps, 0.01) for steps in (20, 30, 50, 75, 100)),
-        *(short_perfusion(steps, 0.02) for steps in (20, 30, 50)),
-        *(short_lora(steps, 3e-3) for steps in (20, 30, 50, 100)),
+        *(short_perfusion(*setting) for setting in ((25, 0.02), (50, 0.006), (50, 0.012))),
+        LORA,
+        *(short_lora(steps, 3e-3) for steps in (25, 50, 100)),
     ],
+    "transfer": [Base(), PERFUSION, LORA],
 }
