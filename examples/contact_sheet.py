@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--concept", required=True, help="Hub id, folder or file of the concept.")
     parser.add_argument("--instance_data_dir", required=True, help="Folder with its training images.")
     parser.add_argument("--output", type=Path, default=Path("sheet.png"))
-    parser.add_argument("--bias", type=float, nargs="+", default=(0.9, 1.1, 1.3), help="A row of images for each.")
+    parser.add_argument("--bias", type=float, nargs="+", default=(0.85, 1.0, 1.2), help="A row of images for each.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)

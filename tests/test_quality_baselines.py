@@ -3,14 +3,16 @@
 import copy
 
 import baselines
+import compare
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PixArtSigmaPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from variants import PANELS
 
 from diffusers_perfusion.model_families import cross_attention_layers
+from diffusers_perfusion.training.images import to_tensor
 
 TOKEN, SUPERCLASS = "<my-cat>", "cat"
 SETTINGS = {"textual_inversion": {}, "lora": {"rank": 2}, "custom_diffusion": {}}
@@ -225,3 +227,28 @@ def test_a_known_token_or_gradients_that_are_zero_are_refused(train, fresh):
     pipeline = fresh()
     with pytest.raises(RuntimeError, match="gradients of step 1 are zero"):
         train("textual_inversion", pipeline, placeholder_token="<a-token>", phrase="dog")
+
+
+def test_a_lora_of_pixart_is_trained_loaded_and_scaled(pixart_components, images_folder, tmp_path):
+    def make():
+        pipeline = PixArtSigmaPipeline(**copy.deepcopy(pixart_components))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def generate(pipeline):
+        (image,) = compare.generate(pipeline, ["a cat on the beach"], [0], 2, height=16, width=16)
+        return to_tensor([image])
+
+    pipeline, method = make(), baselines.METHODS["lora"]
+    subject = baselines.read_subject(pipeline, images_folder)
+    settings = {"learning_rate": 0.1, "steps": 2, "batch_size": 4, "output_dir": tmp_path, "rank": 2}
+    saved = method.train(pipeline, subject, TOKEN, SUPERCLASS, **settings)
+    loaded, plain = make(), generate(make())
+    method.load(loaded, saved[2])
+    images = {}
+    for scale in (1.0, 0.5, 0.0):
+        baselines.scale_lora(loaded, scale)
+        images[scale] = generate(loaded)
+    torch.testing.assert_close(images[1.0], generate(pipeline), atol=0.02, rtol=0)  # saved in half precision
+    torch.testing.assert_close(images[0.0], plain)
+    assert (images[1.0] - plain).abs().max() > (images[0.5] - plain).abs().max() > 1e-3
