@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from PIL import Image
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .attention_processor import attn_processors
 from .concept_file import (
+    DESCRIPTION,
     DTYPES,
     EMBEDDING_PREFIX,
     FORMAT_VERSION,
@@ -25,15 +27,16 @@ from .concept_file import (
     WEIGHT_NAME,
     ConceptHeader,
     check_description,
-    check_names,
+    check_shapes,
     open_concept_file,
-    parse_description,
+    printable,
 )
 from .files import write_atomically
 from .hub import card_entry, find_concept_file, push_concept_file
 from .model_card import make_card
 
-_DTYPES = [getattr(torch, name) for name in DTYPES.values()]
+# As safetensors names them.
+_DTYPES = {getattr(torch, name): code for code, name in DTYPES.items()}
 
 
 @dataclass(eq=False)
@@ -85,20 +88,20 @@ class PerfusionConcept(ModelHubMixin):
         check_description(self)
         if not isinstance(self.token_embeddings, (list, tuple)) or not self.token_embeddings:
             raise ValueError("token_embeddings is not a list of vectors; expected one vector for each text encoder")
-        if not self.target_outputs:
-            raise ValueError("target_outputs is empty; expected one vector for each cross-attention layer")
         self.token_embeddings = list(self.token_embeddings)
-        for name, tensor in self._tensors():
-            if tensor.ndim != 1 or len(tensor) == 0:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a vector")
+        tensors = dict(self._tensors())
+        for name, tensor in tensors.items():
+            _check_tensor(name, tensor)
+        check_shapes({name: tensor.shape for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinity")
-        for name in VECTORS:
-            if len(getattr(self, name)) != self.width:
-                raise ValueError(f"{name} has {len(getattr(self, name))} numbers; expected {self.width}")
         for name in ("target_input", "superclass_input"):
-            if not getattr(self, name).float() @ getattr(self, f"inverse_{name}").float() > 0:
-                raise ValueError(f"{name} and inverse_{name} give ‖i‖² ≤ 0; they do not belong to one concept")
+            norm = getattr(self, name).float() @ getattr(self, f"inverse_{name}").float()
+            if not torch.finfo(norm.dtype).tiny < norm < torch.inf:
+                raise ValueError(
+                    f"{name} and inverse_{name} give ‖i‖² = {norm:.2g}; expected a positive number, as of one concept"
+                )
 
     @property
     def width(self) -> int:
@@ -149,18 +152,17 @@ class PerfusionConcept(ModelHubMixin):
         """Return the contents of the file: its tensors by name, and the JSON description under `perfusion`.
 
         Raises:
-            ValueError: if a number is too large for `dtype`.
+            ValueError: if the numbers do not fit into `dtype`.
         """
         # C⁻¹ i may have any scale; at a maximum of one its small entries stay normal numbers in float16.
         inverses = {
             name: getattr(self, name) / getattr(self, name).abs().max()
             for name in ("inverse_target_input", "inverse_superclass_input")
         }
-        tensors = {}
-        for name, tensor in replace(self, **inverses)._tensors():
-            tensors[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-            if not torch.isfinite(tensors[name]).all():
-                raise ValueError(f"{name} does not fit into {dtype}; save it with dtype=torch.float32")
+        tensors = {
+            name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            for name, tensor in replace(self, **inverses)._tensors()
+        }
         description = {
             "format_version": FORMAT_VERSION,
             "width": self.width,
@@ -172,7 +174,12 @@ class PerfusionConcept(ModelHubMixin):
             "base_model": self.base_model,
             "training": self.training,
         }
-        return tensors | {HEADER_KEY: json.dumps(description)}
+        state_dict = tensors | {HEADER_KEY: json.dumps(description)}
+        try:
+            self.from_state_dict(state_dict)
+        except ValueError as error:
+            raise ValueError(f"in {dtype} {error}; save the concept with dtype=torch.float32") from error
+        return state_dict
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "PerfusionConcept":
@@ -182,17 +189,19 @@ class PerfusionConcept(ModelHubMixin):
             ValueError: if anything is missing, left over, of a wrong kind or of another format version.
         """
         tensors = dict(state_dict)
-        description = parse_description(tensors.pop(HEADER_KEY, None))
-        check_names(tensors)
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ValueError(f"{name} is {kind}; expected a tensor of float16, bfloat16 or float32")
-        width = description.pop("width")
-        concept = cls(**description, **_fields_of(tensors))
-        if concept.width != width:
-            raise ValueError(f"target_input has {concept.width} numbers, but the header says {width}")
-        return concept
+        description = tensors.pop(HEADER_KEY, None)
+        shapes: dict[str, tuple[Any, Sequence[int]]] = {
+            name: (_DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
+            if isinstance(tensor, Tensor)
+            else (type(tensor).__name__, ())
+            for name, tensor in tensors.items()
+        }
+        header = ConceptHeader.parse({HEADER_KEY: description}, shapes)
+        return cls._of(header, tensors)
+
+    @classmethod
+    def _of(cls, header: ConceptHeader, tensors: Mapping[str, Tensor]) -> "PerfusionConcept":
+        return cls(**{name: getattr(header, name) for name in DESCRIPTION}, **_fields_of(tensors))
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> Path:
         """Write the concept file, whole or not at all, and return its path.
@@ -205,10 +214,11 @@ class PerfusionConcept(ModelHubMixin):
             ValueError: if a number is too large for `dtype`.
         """
         tensors = self.state_dict(dtype)
-        description = tensors.pop(HEADER_KEY)
+        content = serialize(tensors, metadata={HEADER_KEY: tensors.pop(HEADER_KEY)})
+        ConceptHeader.from_bytes(content, len(content))  # raises if its description is too long
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, serialize(tensors, metadata={HEADER_KEY: description}))
+        write_atomically(path, content)
         return path
 
     @classmethod
@@ -219,10 +229,8 @@ class PerfusionConcept(ModelHubMixin):
             FileNotFoundError: if there is no such file.
             ValueError: if it is not a whole, valid concept file of this format version.
         """
-        with open_concept_file(path, "pt") as file:
-            ConceptHeader.of(file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return cls.from_state_dict(tensors | {HEADER_KEY: file.metadata()[HEADER_KEY]})
+        with open_concept_file(path) as content:
+            return cls._of(ConceptHeader.from_bytes(content, len(content)), deserialize(content))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -346,8 +354,17 @@ class PerfusionConcept(ModelHubMixin):
             )
 
 
+def _check_tensor(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is a tensor whose numbers can be read and saved."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{printable(name)} is a {type(value).__name__}; expected a tensor")
+    kinds = {"on meta": value.is_meta, "sparse": value.layout != torch.strided, "quantised": value.is_quantized}
+    if found := [kind for kind, is_it in kinds.items() if is_it]:
+        raise ValueError(f"{printable(name)} is {found[0]}; expected an ordinary tensor")
+
+
 def _fields_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the constructor arguments for tensors named as in a file, after `check_names`."""
+    """Return the constructor arguments for tensors named as in a file, after `check_shapes`."""
     count = sum(name.startswith(EMBEDDING_PREFIX) for name in tensors)
     return {
         "token_embeddings": [tensors[f"{EMBEDDING_PREFIX}{number}"] for number in range(count)],

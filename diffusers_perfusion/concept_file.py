@@ -7,22 +7,25 @@ bytes.
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 
 WEIGHT_NAME = "perfusion.safetensors"
 FORMAT_VERSION = 3
 HEADER_KEY = "perfusion"
 
-# A downloaded file is refused above these before any tensor is read: SDXL in float32 needs 0.4 MB and 75 tensors.
+# A file is refused above these before it is parsed. SDXL in float32 needs 0.4 MB, of which 11 KB are the header.
 MAX_FILE_BYTES = 64 * 2**20
-MAX_TENSORS = 4096
+MAX_HEADER_BYTES = 256 * 2**10
+
+# How many lists and objects of `training` may be in each other.
+MAX_DEPTH = 16
 
 BIAS_BOUNDS = (0.0, 2.0)
 TEMPERATURE_BOUNDS = (0.01, 1.0)
@@ -30,10 +33,29 @@ TEMPERATURE_BOUNDS = (0.01, 1.0)
 # The dtypes that a tensor may have, as safetensors names them, with the names that torch has for them.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
+# The fields that describe a concept, beside its tensors.
+DESCRIPTION = ("placeholder_token", "superclass", "bias", "temperature", "bias_range", "base_model", "training")
+
 # Names of tensors: the vectors of a concept, and the prefixes before a text encoder's number and a layer's name.
 VECTORS = ("target_input", "inverse_target_input", "superclass_input", "inverse_superclass_input")
 EMBEDDING_PREFIX = "token_embeddings."
 OUTPUT_PREFIX = "target_outputs."
+
+# How other files begin that are given for a concept file, and what they are.
+_OTHER_KINDS = {
+    b"PK": "it is a zip file, or it is a pickle, which can run code; only safetensors files are read",
+    b"\x80": "it is a pickle, which can run code; only safetensors files are read",
+    b"version https://git-lfs": "it is a pointer of Git LFS; `git lfs pull` gets the file itself",
+    b"<": "it is a web page; download the file itself",
+}
+
+
+def printable(value: Any, limit: int = 400) -> str:
+    """Return a stranger's text for a terminal: without control characters, and cut to `limit` characters."""
+    text = str(value)
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def check_bias(bias: float) -> float:
@@ -77,6 +99,27 @@ def check_description(concept: Any) -> None:
     concept.bias_range = (low, high)
     if not isinstance(concept.training, dict):
         raise ValueError(f"training is a {type(concept.training).__name__}; expected a dict")
+    _check_json("training", concept.training, MAX_DEPTH)
+
+
+def check_shapes(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError unless tensors have the names and shapes of those of a concept."""
+    for name in shapes:
+        _check_text("the name of a tensor", name)
+    count = sum(name.startswith(EMBEDDING_PREFIX) for name in shapes)
+    expected = [*VECTORS, *(f"{EMBEDDING_PREFIX}{number}" for number in range(max(count, 1)))]
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected and not name.startswith(OUTPUT_PREFIX)]
+    if missing or unexpected:
+        raise ValueError(f"tensors missing: {missing[:5]}; not expected: {unexpected[:5]}")
+    if len(shapes) == len(expected):
+        raise ValueError("target_outputs is empty; expected one vector for each cross-attention layer")
+    for name, shape in shapes.items():
+        if len(shape) != 1 or not 0 < shape[0] < MAX_FILE_BYTES:
+            raise ValueError(f"{name} has shape {tuple(shape)}; expected a vector")
+    for name in VECTORS:
+        if shapes[name] != shapes["target_input"]:
+            raise ValueError(f"{name} has {shapes[name][0]} numbers; expected {shapes['target_input'][0]}")
 
 
 @dataclass
@@ -108,25 +151,24 @@ class ConceptHeader:
         check_description(self)
 
     @classmethod
-    def parse(
-        cls, metadata: Mapping[str, str] | None, tensors: Mapping[str, tuple[str, Sequence[int]]]
-    ) -> "ConceptHeader":
+    def parse(cls, metadata: Any, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> "ConceptHeader":
         """Return the header that the metadata and the tensor shapes of a safetensors file describe.
 
         Args:
-            metadata: the strings in the header.
+            metadata: `__metadata__` of the header, a mapping of strings or something else that a stranger put there.
             tensors: dtype, as safetensors names it, and shape of each tensor.
 
         Raises:
             ValueError: if it is not the header of a concept file of this format version.
         """
-        if len(tensors) > MAX_TENSORS:
-            raise ValueError(f"it has {len(tensors)} tensors; expected at most {MAX_TENSORS}")
-        description = parse_description((metadata or {}).get(HEADER_KEY))
-        check_names(tensors)
-        for name, (dtype, shape) in tensors.items():
-            if dtype not in DTYPES or len(shape) != 1:
-                raise ValueError(f"{name} is {dtype} of shape {shape}; expected a vector of {', '.join(DTYPES)}")
+        description = _parse_description(metadata.get(HEADER_KEY) if isinstance(metadata, Mapping) else None)
+        for name, (dtype, _) in tensors.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"{printable(name)} is {printable(dtype)}; expected one of {', '.join(DTYPES)}")
+        check_shapes({name: shape for name, (_, shape) in tensors.items()})
+        width = tensors["target_input"][1][0]
+        if description["width"] != width:
+            raise ValueError(f"target_input has {width} numbers, but the header says {description['width']}")
         return cls(
             **description,
             layers={
@@ -138,6 +180,36 @@ class ConceptHeader:
         )
 
     @classmethod
+    def from_bytes(cls, start: bytes, size: int) -> "ConceptHeader":
+        """Return the header of a concept file from the bytes that it begins with.
+
+        Args:
+            start: the first `8 + MAX_HEADER_BYTES` bytes, or all of a smaller file. What follows the header is unused.
+            size: of the whole file.
+
+        Raises:
+            ValueError: if it is not the header of a concept file of this format version, or not of such a size.
+        """
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes, which no concept file has")
+        length = int.from_bytes(start[:8], "little")
+        header = start[: 8 + length]
+        other = next((kind for magic, kind in _OTHER_KINDS.items() if start[:100].lstrip().startswith(magic)), None)
+        if length > MAX_HEADER_BYTES and start[8:9] != b"{":
+            raise ValueError(other or "it is not a safetensors file")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {length} bytes; expected at most {MAX_HEADER_BYTES}")
+        try:
+            # Checked as a whole file is, with zeros in place of its numbers.
+            tensors = deserialize(header + bytes(max(size - len(header), 0)))
+        except SafetensorError as error:
+            raise ValueError(other or f"it is truncated or not a safetensors file ({printable(error)})") from error
+        return cls.parse(
+            json.loads(header[8:]).get("__metadata__"),
+            {name: (tensor["dtype"], tensor["shape"]) for name, tensor in tensors},
+        )
+
+    @classmethod
     def read(cls, path: str | os.PathLike) -> "ConceptHeader":
         """Return the header of a concept file.
 
@@ -145,16 +217,8 @@ class ConceptHeader:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not a whole concept file of this format version.
         """
-        with open_concept_file(path, "np") as file:
-            return cls.of(file)
-
-    @classmethod
-    def of(cls, file: Any) -> "ConceptHeader":
-        """Return the header of a file that `open_concept_file` has opened."""
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return cls.parse(
-            file.metadata(), {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
-        )
+        with open_concept_file(path) as content:
+            return cls.from_bytes(content, len(content))
 
 
 def find_local_file(
@@ -183,49 +247,32 @@ def find_local_file(
 
 
 @contextmanager
-def open_concept_file(path: str | os.PathLike, framework: str) -> Iterator[Any]:
-    """Open a concept file as `safetensors.safe_open` does, and name its path in every error, also of the `with` body.
-
-    Args:
-        path: of the file.
-        framework: of the tensors, as `safe_open` takes it.
+def open_concept_file(path: str | os.PathLike) -> Iterator[bytes]:
+    """Read a concept file into memory, where nobody changes it, and name its path in every error of the `with` body.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is too large, not a whole safetensors file, or the body raises ValueError.
+        OSError: if it cannot be read.
+        ValueError: if the body raises ValueError.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a concept file such as {WEIGHT_NAME}")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a concept file has at most {MAX_FILE_BYTES}")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
     try:
-        with safe_open(path, framework) as file:
-            yield file
-    except SafetensorError as error:
-        # Checked only now, because the length that a safetensors file begins with may be these very bytes.
-        with path.open("rb") as file:
-            if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-                raise ValueError(f"{path} is a pickle, which can run code; only safetensors files are read") from error
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error!s:.400})") from error
+        yield content
     except ValueError as error:
         raise ValueError(f"{path} is not a valid concept file: {error!s:.400}") from error
 
 
-def check_names(names: Collection[str]) -> None:
-    """Raise ValueError unless tensors are named like those of a concept file."""
-    count = sum(name.startswith(EMBEDDING_PREFIX) for name in names)
-    expected = [*VECTORS, *(f"{EMBEDDING_PREFIX}{number}" for number in range(max(count, 1)))]
-    missing = [name for name in expected if name not in names]
-    unexpected = [name for name in names if name not in expected and not name.startswith(OUTPUT_PREFIX)]
-    if missing or unexpected:
-        raise ValueError(f"tensors missing: {missing[:5]}; not expected: {unexpected[:5]}")
-
-
-def parse_description(text: Any) -> dict[str, Any]:
+def _parse_description(text: Any) -> dict[str, Any]:
     """Return the fields in the JSON description of a concept file, with their types checked but not their values."""
     if not isinstance(text, str):
-        raise ValueError(f"there is no {HEADER_KEY!r} description in the header, so it is not a Perfusion concept")
+        raise ValueError(
+            f"there is no {HEADER_KEY!r} description in the header, so it is not a Perfusion concept; load a LoRA "
+            "with load_lora_weights() and a Textual Inversion with load_textual_inversion()"
+        )
     try:
         description = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -260,6 +307,19 @@ def parse_description(text: Any) -> dict[str, Any]:
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or len(value) > 256 or not value.isprintable():
         raise ValueError(f"{name} is {value!r:.80}; expected at most 256 printable characters")
+
+
+def _check_json(name: str, value: Any, depth: int) -> None:
+    """Raise ValueError unless a value is plain JSON with at most `depth` lists and objects in each other."""
+    if isinstance(value, (dict, list, tuple)):
+        if depth == 0:
+            raise ValueError(f"{name} has more than {MAX_DEPTH} lists and objects in each other")
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{name} has a key that is no text; expected plain JSON")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_json(name, part, depth - 1)
+    elif not isinstance(value, (str, int, float, type(None))):
+        raise ValueError(f"{name} holds a {type(value).__name__}; expected plain JSON")
 
 
 def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> float:

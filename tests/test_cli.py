@@ -386,6 +386,18 @@ def test_info_needs_no_model(concepts, capsys, monkeypatch):
         assert f"{len(concept.target_outputs)}, " in rows["layers"]
 
 
+def test_info_prints_little_of_a_long_description(concepts, capsys):
+    concept = PerfusionConcept.load(concepts[0])
+    concept.training = {f"{number:03}\x1b[2J": "x\x07" * 100 for number in range(120)}
+    concept.training["000\x1b[2J"] = "x" * 1000
+    concept.save(concepts[0])
+    assert main(["info", concepts[0]]) == 0
+    output = capsys.readouterr().out
+    assert output.endswith("  training                           … and 70 more entries\n")
+    assert "training.049�[2J" in output and len(output) < 15_000
+    assert output.replace("\n", "").isprintable()
+
+
 def test_bad_input_of_train(training_arguments, capsys, tmp_path, images_folder):
     assert "nowhere is not a folder" in failed([*training_arguments, "--instance_data_dir", "nowhere"], capsys)
     assert "train_batch_size is 0" in failed([*training_arguments, "--train_batch_size", "0"], capsys)

@@ -36,11 +36,6 @@ def place(pipeline: Any, device: Any) -> None:
         pipeline.to(device, torch.float16)
 
 
-def printable(value: Any) -> str:
-    """Return a text from a file or the Hub without the characters that control a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-
-
 def describe(path: Path) -> str:
     """Return the name and size of a file that a command has written."""
     return f"{path} ({path.stat().st_size:,} bytes)"

@@ -1,12 +1,16 @@
 """`perfusion info | push | pull | search`."""
 
 import argparse
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..concept_file import WEIGHT_NAME, ConceptHeader, find_local_file
+from ..concept_file import WEIGHT_NAME, ConceptHeader, find_local_file, printable
 from ..files import write_atomically
-from .common import describe, printable
+from .common import describe
+
+# How many entries of `training` are printed; a training writes fewer.
+MAX_ENTRIES = 50
 
 
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +29,7 @@ def info(concept: str, weight_name: str, subfolder: str | None, revision: str | 
         from ..hub import read_header
 
         name, size, header = read_header(concept, weight_name, subfolder, revision, token)
-    print(f"{name} ({size:,} bytes)")
+    print(f"{printable(name)} ({size:,} bytes)")
     rows: dict[str, Any] = {
         "placeholder_token": header.placeholder_token,
         "superclass": header.superclass,
@@ -35,8 +39,10 @@ def info(concept: str, weight_name: str, subfolder: str | None, revision: str | 
         "dtype": header.dtype,
         "bias": f"{header.bias} (worth trying: {header.bias_range[0]} to {header.bias_range[1]})",
         "temperature": header.temperature,
-        **{f"training.{name}": value for name, value in header.training.items()},
+        **{f"training.{name}": value for name, value in islice(header.training.items(), MAX_ENTRIES)},
     }
+    if (more := len(header.training) - MAX_ENTRIES) > 0:
+        rows["training"] = f"… and {more} more entries"
     for name, value in rows.items():
         print(f"  {printable(name):34} {printable(value)}")
 
