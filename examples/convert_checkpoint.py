@@ -11,6 +11,7 @@ are pickles, read with `weights_only=True`, so no code in them can run. What the
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from diffusers_perfusion import PerfusionConcept
 from diffusers_perfusion.attention_processor import check_concept_fits
+from diffusers_perfusion.concept_file import check_token_and_superclass
 from diffusers_perfusion.model_families import edited_model, family_of
 from diffusers_perfusion.training.superclass import superclass_input
 
@@ -42,7 +44,10 @@ SETTINGS: dict[str, Any] = {"bias": 0.7, "temperature": 0.15}
 
 
 class Contents(NamedTuple):
-    """Contents of a checkpoint: author, super-class if any, v*, i*, C⁻¹, o*_V by layer, and what a concept loses."""
+    """Contents of a checkpoint: author, super-class if any, v*, i*, C⁻¹, o*_V by layer, and what a concept loses.
+
+    All tensors are float32 and have the shapes that the model expects.
+    """
 
     author: str
     superclass: str | None
@@ -63,39 +68,37 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a checkpoint of {CHENDARYEN} or {LUCIDRAINS}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; such a checkpoint has at most {MAX_BYTES}")
+    if (size := unpacked_size(path)) > MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes; such a checkpoint has at most {MAX_BYTES}")
     model, family = edited_model(pipeline), family_of(pipeline)
     if family.name != "Stable Diffusion":
         raise ValueError(f"{path} is converted for Stable Diffusion 1 or 2; the model given is {family.name}")
-    widths = {name: layer.inner_kv_dim for name, layer in family.layers.items()}
+    (width,) = family.widths
+    layers = {name: layer.inner_kv_dim for name, layer in family.layers.items()}
     try:
         with torch.serialization.safe_globals([nn.ParameterDict]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        contents = read_chendaryen(state, widths) if "target_output" in state else read_lucidrains(state, widths)
-        (token_embedding,) = contents.token_embedding.detach().float()
-        i_star = contents.target_input.float()
-        inverse = (contents.c_inv.double() @ i_star.double()).float()
+        read = read_chendaryen if "target_output" in state else read_lucidrains
+        contents = read(state, width, layers)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is broken, or holds more than tensors, which could run code; not read") from error
     except Exception as error:  # each kind of damage has an error of its own
         raise ValueError(
-            f"{path} is not a whole checkpoint of one concept by a known author: {error!r:.300}"
+            f"{path} is not a whole checkpoint of one concept by a known author for such a model: {error!r:.300}"
         ) from error
     if (superclass := superclass or contents.superclass) is None:
-        raise ValueError(f"a checkpoint of {contents.author} does not name its super-class; give it with --superclass")
-    i_super = superclass_input(family, superclass).float().cpu()
-    if len(i_super) != len(i_star):
-        raise ValueError(f"{path} is of another model: i* has {len(i_star)} numbers; expected {len(i_super)}")
+        raise ValueError(f"{path} of {contents.author} does not name its super-class; give it with --superclass")
+    check_token_and_superclass(placeholder_token, superclass)
+    i_star, i_super = contents.target_input, superclass_input(family, superclass).float().cpu()
     concept = PerfusionConcept(
         placeholder_token=placeholder_token,
         superclass=superclass,
-        token_embeddings=[token_embedding],
+        token_embeddings=[contents.token_embedding],
         target_input=i_star,
-        inverse_target_input=inverse,
+        inverse_target_input=(contents.c_inv.double() @ i_star.double()).float(),
         superclass_input=i_super,
         inverse_superclass_input=(contents.c_inv.double() @ i_super.double()).float(),
-        target_outputs={name: output.detach().float() for name, output in contents.outputs.items()},
+        target_outputs=contents.outputs,
         base_model=getattr(model, "name_or_path", "") or "",
         training={"converted_from": contents.author},
         **SETTINGS,
@@ -104,50 +107,70 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
     return concept, f"{path} is of {contents.author}: {contents.lost}."
 
 
-def read_chendaryen(state: Mapping[str, Any], widths: Mapping[str, int]) -> Contents:
+def unpacked_size(path: Path) -> int:
+    """Return how many bytes a checkpoint has, of a zip file after unpacking it."""
+    if not zipfile.is_zipfile(path):
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
+
+
+def read_chendaryen(state: Mapping[str, Any], width: int, layers: Mapping[str, int]) -> Contents:
     """Read a `.ckpt` with an output for each token position, under the names of the original Stable Diffusion."""
     values = {name: output for name, output in state["target_output"].items() if "attn2.to_v" in name}
     weights = torch.tensor([float(count) for count in TRAINED_AT.values()])
     weights /= weights.sum()
     outputs, spread = {}, []
-    for name, original in zip(in_order(widths), in_order(values), strict=True):
-        rows = values[original][list(TRAINED_AT)].float()
+    for name, original in zip(in_order(layers), in_order(values), strict=True):
+        rows = checked(values[original][list(TRAINED_AT)], len(TRAINED_AT), layers[name])
         outputs[name] = weights @ rows
         spread.append((rows - outputs[name]).norm(dim=-1) @ weights / outputs[name].norm())
     embedding = state["embedding"]
     vectors = embedding["string_to_param"]
     (token_embedding,) = (vars(vectors)["_parameters"] if isinstance(vectors, nn.Module) else vectors).values()
+    superclass = (embedding["initializer_words"] or [None])[0]
     return Contents(
         CHENDARYEN,
-        (embedding["initializer_words"] or [None])[0],
-        token_embedding,
-        state["target_input"],
-        state["C_inv"],
+        superclass if isinstance(superclass, str) else None,
+        checked(token_embedding, 1, width)[0],
+        checked(state["target_input"], width),
+        checked(state["C_inv"], width, width),
         outputs,
         f"its values differ by {torch.stack(spread).mean():.0%} between the token positions that it was trained at, "
         "of which the mean is taken; its keys are locked, and its gate is set, to the super-class anew",
     )
 
 
-def read_lucidrains(state: Mapping[str, Any], widths: Mapping[str, int]) -> Contents:
+def read_lucidrains(state: Mapping[str, Any], width: int, layers: Mapping[str, int]) -> Contents:
     """Read the inputs and outputs of every edited projection, in the order of the modules and without their names."""
     inputs, outputs = zip(*state["key_value_params"], strict=True)
-    if len(outputs) != 2 * len(widths):
-        raise ValueError(f"{len(outputs)} projections for the keys and values of {len(widths)} layers")
-    values = [output for (output,) in outputs[1::2]]
+    if len(outputs) != 2 * len(layers):
+        raise ValueError(f"{len(outputs)} projections for the keys and values of {len(layers)} layers")
+    values = outputs[1::2]
     # The UNet of the original Stable Diffusion has its layers in another order than that of diffusers.
-    for order in (in_order(widths), list(widths)):
-        if [len(value) for value in values] == [widths[name] for name in order]:
+    for order in (in_order(layers), list(layers)):
+        if [value.shape[-1] for value in values] == [layers[name] for name in order]:
             return Contents(
                 LUCIDRAINS,
                 None,
-                state["embed_params"],
-                inputs[0][0],
-                state["C_inv"],
-                dict(zip(order, values, strict=True)),
+                checked(state["embed_params"], 1, width)[0],
+                checked(inputs[0], 1, width)[0],
+                checked(state["C_inv"], width, width),
+                {name: checked(value, 1, layers[name])[0] for name, value in zip(order, values, strict=True)},
                 "its keys are locked, and its gate is set, to the super-class anew",
             )
-    raise ValueError(f"values of widths {[len(value) for value in values]} do not fit layers {widths}")
+    raise ValueError(f"values of widths {[value.shape[-1] for value in values]} do not fit layers {layers}")
+
+
+def checked(value: Any, *shape: int) -> Tensor:
+    """Return a tensor of a checkpoint in float32, if it has the shape that is expected.
+
+    Only then is it copied: a stranger's tensor of a few bytes may have any shape.
+    """
+    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        found = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{found} where numbers of the shape {shape} are expected")
+    return value.detach().float()
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -174,10 +197,11 @@ def main(args: list[str] | None = None) -> None:
     pipeline = DiffusionPipeline.from_pretrained(arguments.pretrained_model_name_or_path)
     try:
         concept, lost = convert(arguments.checkpoint, pipeline, arguments.placeholder_token, arguments.superclass)
-    except (FileNotFoundError, ValueError) as error:
+        path = concept.save(arguments.output)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(lost)
-    print(concept.save(arguments.output))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -172,12 +173,75 @@ def test_the_script_writes_a_concept_that_changes_images(
     assert all((generated - other).abs().max() > 1e-3 for other in (plain, generate("a <my-cat> on the beach")))
 
 
-def test_the_script_says_in_one_line_what_is_wrong(model_folder, tmp_path, capsys):
-    flags = ["--placeholder_token", "<my-cat>", "--output", str(tmp_path / "mine.safetensors")]
+def test_the_script_says_in_one_line_what_is_wrong(model_folder, chendaryen, tmp_path, capsys):
+    flags = ["--pretrained_model_name_or_path", str(model_folder), "--placeholder_token", "<my-cat>", "--output"]
     with pytest.raises(SystemExit):
-        script.main([str(tmp_path / "nowhere.ckpt"), "--pretrained_model_name_or_path", str(model_folder), *flags])
+        script.main([str(tmp_path / "nowhere.ckpt"), *flags, str(tmp_path / "mine.safetensors")])
     assert "nowhere.ckpt is not a file" in capsys.readouterr().err
     assert not (tmp_path / "mine.safetensors").exists()
+    torch.save(chendaryen, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path / "other.ckpt"), *flags, str(tmp_path / "other.ckpt" / "mine.safetensors")])
+    assert "error: [Errno" in capsys.readouterr().err
+
+
+# Of a few bytes in a file.
+HUGE = torch.as_strided(torch.ones(1), (2**20, 2**20), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("chendaryen", lambda state: {"C_inv": HUGE}),
+        ("chendaryen", lambda state: {"target_input": HUGE}),
+        ("chendaryen", lambda state: {"target_output": dict.fromkeys(state["target_output"], HUGE)}),
+        ("chendaryen", lambda state: {"embedding": state["embedding"] | {"string_to_param": {"*": HUGE}}}),
+        ("lucidrains", lambda state: {"C_inv": HUGE}),
+        ("lucidrains", lambda state: {"embed_params": HUGE}),
+        ("lucidrains", lambda state: {"key_value_params": [[HUGE, o] for _, o in state["key_value_params"]]}),
+        (
+            "lucidrains",
+            lambda state: {"key_value_params": [[i, o.expand(2**20, -1)] for i, o in state["key_value_params"]]},
+        ),
+    ],
+)
+def test_a_tensor_that_claims_more_than_it_holds_is_not_copied(request, read, kind, change):
+    state = request.getfixturevalue(kind)
+    with pytest.raises(ValueError, match=r"1048576.* where numbers of the shape"):
+        read(state | change(state), "cat")
+
+
+def test_nested_lists_that_share_their_parts_do_not_hang(read, chendaryen, lucidrains):
+    """Written out, they would have more parts than there is memory."""
+    nested = ["cat"]
+    for _ in range(100):
+        nested = [nested, nested]
+    chendaryen["embedding"]["initializer_words"] = nested
+    with pytest.raises(ValueError, match="does not name its super-class; give it with --superclass"):
+        read(chendaryen)
+    assert read(chendaryen, "cat")[0].superclass == "cat"
+    for changed in ({"C_inv": nested}, {"embed_params": nested}, {"key_value_params": nested}):
+        with pytest.raises(ValueError, match="is not a whole checkpoint of one concept"):
+            read(lucidrains | changed, "cat")
+
+
+@pytest.mark.parametrize("word", [5, None, ["cat"], torch.ones(2)])
+def test_a_super_class_that_is_no_text_must_be_given(read, chendaryen, word):
+    chendaryen["embedding"]["initializer_words"] = [word]
+    with pytest.raises(ValueError, match="does not name its super-class; give it with --superclass"):
+        read(chendaryen)
+    chendaryen["embedding"]["initializer_words"] = ["\x1b[2J"]
+    with pytest.raises(ValueError, match=r"superclass is '\\x1b\[2J'; expected"):
+        read(chendaryen)
+
+
+def test_a_zip_file_that_unpacks_to_gigabytes_is_not_read(pipeline, tmp_path):
+    path = tmp_path / "other.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(script.MAX_BYTES + 1))
+    assert path.stat().st_size < 2**20
+    with pytest.raises(ValueError, match=f"has {script.MAX_BYTES + 1} bytes; such a checkpoint has at most"):
+        script.convert(path, pipeline, "<my-cat>", "cat")
 
 
 class Code:
@@ -206,7 +270,7 @@ def test_what_is_not_such_a_file(
     with pytest.raises(ValueError, match="for Stable Diffusion 1 or 2; the model given is Stable Diffusion XL"):
         read(chendaryen, pipe=xl_pipeline)
     narrow = StableDiffusionPipeline(**components | {"unet": make_unet(channels=(8, 16))})
-    with pytest.raises(ValueError, match=r"has an output of 16 numbers for down_blocks.0"):
+    with pytest.raises(ValueError, match=r"of \(4, 16\) where numbers of the shape \(4, 8\) are expected"):
         read(chendaryen, pipe=narrow)
     monkeypatch.setattr(script, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="bytes; such a checkpoint has at most 100"):
