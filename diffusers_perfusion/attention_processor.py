@@ -160,12 +160,13 @@ class PerfusionAttnProcessor:
 
     Used alone, as in `unet.set_attn_processor(concept.attn_processors(unet))`, it knows hidden states and not prompts.
     In each row the position that is most like a concept's target input counts as its token, if it is at least half as
-    similar as that itself. That costs five things:
+    similar as that itself. That costs six things:
     - A token is not found where the words around it change it too much, and only one of several occurrences is.
     - A prompt of the plain super-class may be edited too.
     - Global key-locking is not there: it needs the super-class prompt.
     - A high bias leads less far towards the super-class, because hidden states do not fade (`rank_one_edit.fade`).
     - A prompt without the token, or whose token the tokenizer does not know, gets no warning.
+    - Numbers of a concept that make the model return NaN get no error.
     Pipelines with `load_perfusion` know the rows and have none of these costs.
 
     Args:
@@ -290,7 +291,7 @@ def attn_processors(
 
 
 def check_concept_fits(concept: Concept, model: Any, layers: Mapping[str, Attention]) -> None:
-    """Raise ValueError unless a concept has an output of the right width for each cross-attention layer of a model."""
+    """Raise ValueError unless a concept has an output for each cross-attention layer of a model, in its range."""
     base = f"{type(model).__name__} ({getattr(model, 'name_or_path', '') or 'unnamed'})"
     trained_on = f"The concept was trained on {concept.base_model or 'an unnamed model'}."
     for name, layer in layers.items():
@@ -312,6 +313,13 @@ def check_concept_fits(concept: Concept, model: Any, layers: Mapping[str, Attent
             f"{len(missing)} missing ({', '.join(missing[:2])}), {len(unexpected)} unknown "
             f"({', '.join(unexpected[:2])}). {trained_on}"
         )
+    if getattr(model, "dtype", None) == torch.float16:  # the one dtype with a smaller range than a concept file's
+        largest = max(output.abs().max() for output in (concept.superclass_input, *concept.target_outputs.values()))
+        if largest > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"the concept {concept.placeholder_token!r} holds {largest:.2g}, which is too large for {base} in "
+                f"torch.float16; load the model in torch.bfloat16 or torch.float32. {trained_on}"
+            )
 
 
 class _EditedAttention:

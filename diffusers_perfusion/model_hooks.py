@@ -95,11 +95,13 @@ def _prepare_layers(registry: ConceptRegistry, hidden_states: Tensor | None) -> 
 def _finish(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the model: raise RuntimeError if a layer was not edited, because its processor was replaced.
 
+    And ValueError as `ConceptRegistry.finish`.
+
     A processor of somebody else that calls ours, as packages that look at attention set them, is none of those.
     """
     registry = model._perfusion
     missed = sorted(registry.watched - registry.called) if registry.edit is not None else []
-    registry.finish()
+    registry.finish(output)
     if missed:
         processor = type(registry.layers[missed[0]].processor).__name__
         raise RuntimeError(

@@ -167,11 +167,18 @@ class PlaceholderTokens:
         if self._current is not None:
             self._check_foreign_tokens(self._current)
         superclass_ids(self.tokenizer, superclass)
-        width = embedding_table(self.text_encoder).shape[1]
+        table = embedding_table(self.text_encoder)
+        width = table.shape[1]
         if len(embedding) != width:
             raise ValueError(
                 f"the token embedding of {token!r} has {len(embedding)} numbers, but those of this text encoder "
                 f"({type(self.text_encoder).__name__}) have {width}; the concept was trained with another text encoder"
+            )
+        largest = embedding.abs().max()
+        if table.dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"the token embedding of {token!r} holds {largest:.2g}, which is too large for this text encoder in "
+                "torch.float16; load it in torch.bfloat16 or torch.float32"
             )
 
     def add(self, owner: Hashable, token: str, embedding: Tensor, superclass: str) -> int:

@@ -54,12 +54,14 @@ class _Current:
 
     Attributes:
         edit: None if no row of the batch holds an active concept.
+        unchecked: an edit that the model has not returned finite numbers with yet.
         recent: the last batches of hidden states with how often each had been changed in place, and their edits. Some
             pipelines call the model with the prompts and the negative prompts in turn.
     """
 
     def __init__(self) -> None:
         self.edit: Edit | None = None
+        self.unchecked: Edit | None = None
         self.recent: list[tuple[weakref.ref[Tensor], int | None, Edit | None]] = []
 
 
@@ -105,7 +107,7 @@ class ConceptRegistry:
     def clear_edit(self) -> None:
         """Clear the current edit of every thread, because one of its inputs has changed."""
         for current in list(self._all_current):
-            current.edit, current.recent = None, []
+            current.edit, current.unchecked, current.recent = None, None, []
 
     # What is pickled has the concepts and knows no text encoder: pipelines connect theirs when they encode a prompt.
 
@@ -317,17 +319,37 @@ class ConceptRegistry:
                 return
         current.edit = None  # also after an error
         current.edit = self._edit_of(hidden_states, rows) if self.enabled and self.active else None
+        current.unchecked = current.edit
         alive = [entry for entry in current.recent if entry[0]() is not None]
         current.recent = [*alive[1 - _RECENT :], (weakref.ref(hidden_states), version, current.edit)]
 
-    def finish(self) -> None:
-        """Leave layers without an edit after a forward pass, for they may be called by somebody else.
+    def finish(self, output: Any) -> None:
+        """Check the output of a forward pass, and leave layers without an edit, for somebody else may call them.
 
         With gradients the edit stays: a backward pass with gradient checkpointing calls the layers again.
+
+        Args:
+            output: of the model, a tensor or a tuple that begins with one.
+
+        Raises:
+            ValueError: if it is not finite.
         """
         current = getattr(self._of_thread, "current", None)
-        if current is not None and not torch.is_grad_enabled():
-            current.edit = None
+        if current is None or torch.is_grad_enabled():
+            return
+        edit, current.edit = current.edit, None
+        if edit is None or edit is not current.unchecked:
+            return
+        # Once per batch, because it waits for an accelerator.
+        output = output if isinstance(output, Tensor) else output[0]
+        if not output.isfinite().all():
+            self.clear_edit()
+            tokens = ", ".join(repr(concept.placeholder_token) for concept in edit.concepts)
+            raise ValueError(
+                f"with {tokens} the model returns NaN or infinity in {output.dtype}; if it does not without "
+                "(disable_perfusion()), use torch.bfloat16 or torch.float32, or train the concept again"
+            )
+        current.unchecked = None
 
     @property
     def edit(self) -> Edit | None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import random
 import re
 from functools import partial
 
@@ -309,6 +310,99 @@ def test_before_any_concept_is_loaded(pipeline, tmp_path, untouched):
     with pytest.raises(ValueError, match="no concept named 'my-cat' is loaded; loaded are: none"):
         pipeline.delete_perfusion("my-cat")
     untouched.check()
+
+
+# Numbers that a model cannot compute with
+
+
+def with_large_number(concept, name, number):
+    """A concept one of whose tensors, named as in a file, begins with a number."""
+    state_dict = concept.state_dict(torch.float32)
+    state_dict[name][0] = number
+    state_dict["inverse_superclass_input"][0].abs_()  # so that ‖i‖² stays positive
+    return PerfusionConcept.from_state_dict(state_dict)
+
+
+OUTPUT = "target_outputs.mid_block.attentions.0.transformer_blocks.0.attn2"
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        (
+            OUTPUT,
+            r"concept '<my-cat>' holds 7e\+04, which is too large for UNet2D.* in torch.float16; .*trained on tiny",
+        ),
+        ("superclass_input", r"concept '<my-cat>' holds 7e\+04, which is too large for UNet2D.* in torch.float16"),
+        ("token_embeddings.0", r"embedding of '<my-cat>' holds 7e\+04, which is too large for .* in torch.float16"),
+    ],
+)
+def test_numbers_beyond_half_precision_are_refused_by_a_model_in_it(pipeline, cat, name, match):
+    large = with_large_number(cat, name, 7e4)
+    for dtype in (torch.float32, torch.bfloat16):
+        pipeline.to(dtype)
+        pipeline.load_perfusion(large)
+        pipeline.unload_perfusion()
+    pipeline.to(torch.float16)
+    with pytest.raises(ValueError, match=match):
+        pipeline.load_perfusion(large)
+    assert pipeline.list_perfusion() == []
+    pipeline.load_perfusion(cat)
+
+
+def test_a_concept_that_makes_the_model_return_nan_is_named(pipeline, cat, dog, generate):
+    """The pipeline was moved to half precision after the concept was loaded."""
+    pipeline.load_perfusion([with_large_number(cat, OUTPUT, 7e4), dog])
+    generate(CAT)
+    pipeline.to(torch.float16)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"with '<my-cat>' the model returns NaN or infinity in torch.float16; if"
+        ):
+            generate(CAT)
+    assert generate(DOG).isfinite().all()
+    pipeline.disable_perfusion()
+    assert generate(CAT).isfinite().all()
+    pipeline.enable_perfusion()
+    embeddings = pipeline.encode_prompt(CAT, "cpu", 1, False)[0]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="with '<my-cat>' the model returns NaN"), torch.no_grad():
+            pipeline.unet(torch.zeros(1, 4, 8, 8).half(), 1, embeddings)
+
+
+def test_the_output_of_a_model_is_checked_once_for_a_batch(pipeline, cat, generate, monkeypatch):
+    """An accelerator would be waited for at every step."""
+    isfinite, calls = torch.Tensor.isfinite, []
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: calls.append(1) or isfinite(tensor))
+    pipeline.load_perfusion(cat)
+    for steps, guidance_scale in ((3, 4.0), (5, 1.0)):
+        generate(CAT, num_inference_steps=steps, guidance_scale=guidance_scale)
+        assert len(calls) == 1
+        calls.clear()
+    generate("a cat")
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hostile_numbers_give_a_finite_image_or_an_error(pipeline, cat, generate, dtype):
+    rng = random.Random(0)
+    pipeline.to(dtype)
+    refused = 0
+    for _ in range(40):
+        state_dict = cat.state_dict(torch.float32)
+        names = [name for name, value in state_dict.items() if isinstance(value, torch.Tensor)]
+        for name in rng.sample(names, rng.choice([1, 2, len(names)])):
+            size = 10 ** rng.uniform(-44, 38.4)
+            state_dict[name] = rng.choice([state_dict[name] * size, torch.full_like(state_dict[name], size)])
+        try:
+            pipeline.load_perfusion(state_dict)
+            pipeline.set_perfusion(bias=rng.choice([0, 0.7, 2]), temperature=rng.choice([0.01, 0.15, 1]))
+            assert generate(CAT).isfinite().all()
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            refused += 1
+        pipeline.unload_perfusion()
+    assert 10 < refused < 40
 
 
 # Settings
