@@ -121,7 +121,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
             check_concept_fits(concept, model, family.layers)
             if new_token is not None:
                 concept = replace(concept, placeholder_token=new_token)
-            name = name or concept.placeholder_token.strip("<>")
+            name = name or concept.placeholder_token.strip("<>") or concept.placeholder_token
             if name in concepts or name in loaded:
                 raise ValueError(f"a concept named {name!r} is loaded already; choose another with concept_name=")
             concepts[name] = concept

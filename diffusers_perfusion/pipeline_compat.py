@@ -179,7 +179,11 @@ def _warn_of_missing_brackets(prompt: Any, tokens: Sequence[str]) -> None:
         for token in tokens:
             name = token.strip("<>")
             # A name of letters alone may be meant as a word: "a cat" beside <cat>.
-            written = not name.isalpha() and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", prompt, re.IGNORECASE)
+            written = (
+                name
+                and not name.isalpha()
+                and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", prompt, re.IGNORECASE)
+            )
             if written and token not in prompt:
                 logger.warning(
                     f"The prompt {prompt!r} has {written[0]!r}, but not the placeholder token {token!r}, so the "

@@ -133,6 +133,14 @@ def test_names_are_given_or_come_from_the_token(pipeline, make_concept):
     assert pipeline.get_active_perfusion() == pipeline.list_perfusion()
 
 
+def test_a_token_of_brackets_alone_is_its_own_name(pipeline, make_concept, generate, warnings):
+    pipeline.load_perfusion(make_concept("<>"))
+    assert pipeline.list_perfusion() == ["<>"]
+    generate("a cat on the beach")
+    assert not warnings()
+    assert differ(generate("a <> on the beach"), generate("a cat on the beach"))
+
+
 def test_a_concept_can_get_another_placeholder_token(pipeline, cat, generate, untouched, tmp_path):
     """Two people may both have called theirs <my-cat>."""
     pipeline.load_perfusion(cat)
