@@ -16,7 +16,7 @@ FRESH := .venv-wheel
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-lowest wheel lint format clean
+.PHONY: demo test test-lowest fuzz wheel lint format clean
 
 # What a user installs. torch comes first, so that no later step can choose another one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,6 +45,11 @@ $(LOWEST)/.installed: pyproject.toml
 	$(LOWEST)/bin/python -m pip install -q uv
 	$(LOWEST)/bin/uv pip install -q --python $(LOWEST) --resolution lowest-direct -e ".[dev]"
 	touch $@
+
+# Damaged concept files, headers and training images; `make fuzz CASES=100000` for more.
+fuzz: CASES = 2000
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --cases $(CASES)
 
 # The wheel as a user gets it. Isolated mode keeps this checkout out of the import path.
 wheel:
