@@ -232,17 +232,21 @@ def find_local_file(
         subfolder: where in the folder it is.
 
     Raises:
-        FileNotFoundError: if there is no such file in the folder.
+        FileNotFoundError: if there is no such file in the folder, or a link to it leads nowhere.
     """
-    path = Path(source)
-    if os.path.isfile(path):  # unlike Path.is_file, no error for a text that cannot be a path
-        return path
-    if not os.path.isdir(path):
-        return None
-    path = path / (subfolder or "") / weight_name
+    # Not Path.is_file and Path.is_dir, which raise errors for a text that cannot be a path and take "" for ".".
+    is_folder = os.path.isdir(source)
+    path = Path(source, subfolder or "", weight_name) if is_folder else Path(source)
+    if os.path.islink(path) and not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+    if not is_folder:
+        return path if os.path.isfile(source) else None
     if not path.is_file():
-        found = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors"))) or "no safetensors file"
-        raise FileNotFoundError(f"{path.parent} has no {weight_name}; it holds {found} (choose with weight_name=)")
+        files = [*sorted(path.parent.glob("*.safetensors")), *sorted(path.parent.glob("*/*.safetensors"))]
+        found = ", ".join(file.relative_to(path.parent).as_posix() for file in files[:5]) or "no safetensors file"
+        raise FileNotFoundError(
+            f"{path.parent} has no {weight_name}; it holds {found} (give the path of one, or weight_name=)"
+        )
     return path
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .attention_processor import check_concept_fits
 from .concept import PerfusionConcept
 from .concept_file import WEIGHT_NAME, check_bias, check_temperature
+from .model_card import is_hub_id
 from .model_families import edited_model, family_of
 from .model_hooks import attach, check_processors, detach
 from .pipeline_compat import PipelineCompatMixin, with_mixin
@@ -98,6 +99,8 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         """
         model, family = edited_model(self), family_of(self)
         sources: Sequence[Any] = source if isinstance(source, (list, tuple)) else [source]
+        if not sources:
+            raise ValueError("the list of concepts to load is empty")
         names = _one_each("concept_name", concept_name, len(sources))
         placeholder_tokens = _one_each("placeholder_token", placeholder_token, len(sources))
         loaded = self.list_perfusion()
@@ -119,6 +122,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
                     local_files_only=local_files_only,
                 )
             check_concept_fits(concept, model, family.layers)
+            _warn_of_another_base_model(concept, getattr(self.config, "_name_or_path", ""))  # type: ignore[attr-defined]
             if new_token is not None:
                 concept = replace(concept, placeholder_token=new_token)
             name = name or concept.placeholder_token.strip("<>") or concept.placeholder_token
@@ -389,6 +393,17 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         for name in names:
             if name not in loaded:
                 raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(loaded) or 'none'}")
+
+
+def _warn_of_another_base_model(concept: PerfusionConcept, name: str) -> None:
+    """Log a warning if a concept was trained on another model of the Hub than a pipeline's, by the names of both."""
+    if is_hub_id(concept.base_model) and is_hub_id(name) and not os.path.isdir(name):
+        trained_on, here = (text.rpartition("/")[2].lower() for text in (concept.base_model, name))
+        if trained_on != here:  # whoever has uploaded it
+            logger.warning(
+                f"{concept.placeholder_token!r} was trained on {concept.base_model}, and this pipeline is {name}; the "
+                "subject may be less alike, or lost."
+            )
 
 
 def _restore(

@@ -425,6 +425,11 @@ def test_bad_input_of_info(tmp_path, capsys):
     assert "1.png" in failed(["info", str(tmp_path / "1.png")], capsys)
 
 
+def test_bad_input_of_push(tmp_path, concepts, capsys):
+    renamed = Path(concepts[0]).rename(tmp_path / "my-cat.safetensors")
+    assert "it holds my-cat.safetensors, " in failed(["push", str(renamed.parent), "me/my-cat"], capsys)
+
+
 def test_a_command_must_be_given(capsys):
     for arguments in ([], ["dream"]):
         with pytest.raises(SystemExit, match="2"):

@@ -14,7 +14,14 @@ from safetensors.torch import save as serialize
 from test_concept import BAD_FIELDS, TENSORS, WIDTH, random_concept, same_description
 
 from diffusers_perfusion import PerfusionConcept, concept_file
-from diffusers_perfusion.concept_file import MAX_DEPTH, MAX_FILE_BYTES, MAX_HEADER_BYTES, ConceptHeader
+from diffusers_perfusion.concept_file import (
+    MAX_DEPTH,
+    MAX_FILE_BYTES,
+    MAX_HEADER_BYTES,
+    WEIGHT_NAME,
+    ConceptHeader,
+    find_local_file,
+)
 
 
 def write(path, tensors=None, header=None, metadata=None):
@@ -302,6 +309,12 @@ def test_metadata_that_are_no_texts_are_refused(tmp_path, metadata):
     refuse_header(raw(tmp_path / "cat", f'{{"__metadata__": {metadata}, {tensor}}}', bytes(2)))
 
 
+@pytest.mark.parametrize("metadata", [5, None, [], "perfusion", {"perfusion": 5}])
+def test_metadata_that_the_hub_has_parsed_may_be_anything(metadata):
+    with pytest.raises(ValueError, match="no 'perfusion' description"):
+        ConceptHeader.parse(metadata, {})
+
+
 def test_a_header_is_read_from_the_first_bytes_of_a_file(tmp_path):
     """As of a file on the Hub, whose numbers are not downloaded."""
     path = write(tmp_path / "cat", header={"training": {"note": "x" * 1000}})
@@ -334,6 +347,38 @@ def test_a_file_that_is_cut_after_loading_kills_nothing(tmp_path):
     path = write(tmp_path / "cat")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_folder_without_the_file_holds_is_named(tmp_path):
+    """A file that was renamed, the output of a training that was stopped, and the folder of a model."""
+    write(tmp_path / "my-cat.safetensors")
+    for folder in ("checkpoint-20", "checkpoint-10"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / WEIGHT_NAME)
+    held = f"my-cat.safetensors, checkpoint-10/{WEIGHT_NAME}, checkpoint-20/{WEIGHT_NAME}"
+    with pytest.raises(FileNotFoundError, match=rf"no {WEIGHT_NAME}; it holds {held} \(give the path of one"):
+        find_local_file(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="it holds no safetensors file"):
+        find_local_file(tmp_path / "empty")
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / WEIGHT_NAME).symlink_to(tmp_path / "gone")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    for source in (tmp_path, tmp_path / WEIGHT_NAME, tmp_path / "folder"):
+        with pytest.raises(FileNotFoundError, match=f"{WEIGHT_NAME} is a link to .*gone, which does not exist"):
+            find_local_file(source)
+    write(tmp_path / "gone")
+    assert find_local_file(tmp_path / "folder") == tmp_path / "folder" / WEIGHT_NAME
+    assert PerfusionConcept.from_pretrained(tmp_path).superclass == "tabby cat"
+
+
+def test_no_source_is_not_this_folder(tmp_path, monkeypatch):
+    write(tmp_path / WEIGHT_NAME)
+    monkeypatch.chdir(tmp_path)
+    assert find_local_file(".") is not None
+    assert find_local_file("") is None
 
 
 def test_the_description_is_one_key_of_the_safetensors_header(tmp_path):

@@ -41,7 +41,7 @@ def test_a_folder_holds_it(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"weight_name": "dog.safetensors"}, "folder has no dog.safetensors; it holds perfusion.safetensors "),
+        ({"weight_name": "dog.safetensors"}, "folder has no dog.safetensors; it holds perfusion.safetensors, "),
         ({"subfolder": "step-100"}, "step-100 has no perfusion.safetensors; it holds cat.safetensors .*weight_name="),
         ({"subfolder": "step-200"}, "step-200 has no perfusion.safetensors; it holds no safetensors file"),
     ],

@@ -289,6 +289,13 @@ def test_names_twice_in_one_list_are_refused(pipeline, make_concept, untouched):
     untouched.check()
 
 
+def test_a_list_of_no_concept_is_refused(pipeline, untouched):
+    """Images would be the base model's, say because a pattern of files has found none."""
+    with pytest.raises(ValueError, match="the list of concepts to load is empty"):
+        pipeline.load_perfusion([])
+    untouched.check()
+
+
 @pytest.mark.parametrize("arguments", [{"concept_name": ["a"]}, {"placeholder_token": ["<a>", "<b>", "<c>"]}])
 def test_as_many_names_as_concepts(pipeline, cat, dog, arguments):
     with pytest.raises(ValueError, match=rf"{next(iter(arguments))} has \d entries for 2 concepts; expected one each"):
@@ -318,6 +325,24 @@ def test_before_any_concept_is_loaded(pipeline, tmp_path, untouched):
     with pytest.raises(ValueError, match="no concept named 'my-cat' is loaded; loaded are: none"):
         pipeline.delete_perfusion("my-cat")
     untouched.check()
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "here", "warned"),
+    [
+        ("me/tiny", "you/other", True),
+        ("me/tiny", "you/Tiny", False),  # a copy
+        ("me/tiny", "tiny-folder", False),
+        ("tiny-folder", "me/tiny", False),
+        ("", "me/tiny", False),
+    ],
+)
+def test_a_concept_of_another_base_model_is_warned_of(pipeline, make_concept, warnings, trained_on, here, warned):
+    pipeline.register_to_config(_name_or_path=here)
+    pipeline.load_perfusion(make_concept(base_model=trained_on))
+    messages = warnings()
+    assert len(messages) == warned
+    assert all(f"was trained on {trained_on}, and this pipeline is {here};" in message for message in messages)
 
 
 # Numbers that a model cannot compute with

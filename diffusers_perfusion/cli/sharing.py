@@ -86,7 +86,7 @@ def push(concept: str, repo_id: str, sample: list[tuple[str, str]], sweep: str |
 
     from ..concept import PerfusionConcept
 
-    loaded = PerfusionConcept.load(Path(concept, WEIGHT_NAME) if Path(concept).is_dir() else concept)
+    loaded = PerfusionConcept.load(find_local_file(concept) or concept)
     samples = [(prompt, load_image(path)) for path, prompt in sample]
     rows: list[dict[str, Any]] = []
     if sweep is not None:
