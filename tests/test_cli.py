@@ -430,6 +430,15 @@ def test_bad_input_of_push(tmp_path, concepts, capsys):
     assert "it holds my-cat.safetensors, " in failed(["push", str(renamed.parent), "me/my-cat"], capsys)
 
 
+def test_no_error_reaches_the_terminal_with_control_characters(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ValueError("of a library:\n  \x1b]0;a title\x07 \u202e" + "x" * 5000)
+
+    monkeypatch.setattr("diffusers_perfusion.cli.sharing.find_local_file", fail)
+    sentence = failed(["info", "cat"], capsys)
+    assert sentence.startswith("of a library: �]0;a title� �xx") and len(sentence) == 2000
+
+
 def test_a_command_must_be_given(capsys):
     for arguments in ([], ["dream"]):
         with pytest.raises(SystemExit, match="2"):

@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ImportError, ValueError, OSError, RuntimeError) as error:
-        # Errors of the libraries have several lines.
-        print(f"perfusion: {' '.join(str(error).split())}", file=sys.stderr)
+        from ..concept_file import printable
+
+        # Errors of the libraries have several lines, and may quote a stranger's file or server.
+        print(f"perfusion: {printable(' '.join(str(error).split()), 2000)}", file=sys.stderr)
         return 1
     return 0
