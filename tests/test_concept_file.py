@@ -300,7 +300,7 @@ def test_control_characters_do_not_reach_a_terminal(tmp_path):
     refuse_header(write(path, {"\x1b[2J": torch.ones(3)}), "the name of a tensor is .*printable")
     refuse_header(write(path, {"target_outputs.\u202egnp": torch.ones(3, dtype=torch.int32)}), "gnp is I32")
     tensor = '{"a": {"dtype": "F\\u001b[2J", "shape": [1], "data_offsets": [0, 2]}}'
-    refuse_header(raw(path, tensor, bytes(2)), "unknown variant `F�")
+    refuse_header(raw(path, tensor, bytes(2)), "it is truncated or not a safetensors file")
 
 
 @pytest.mark.parametrize("metadata", ["5", "[]", "null", '"perfusion"', '{"perfusion": 5}'])
