@@ -291,7 +291,7 @@ def attn_processors(
 
 
 def check_concept_fits(concept: Concept, model: Any, layers: Mapping[str, Attention]) -> None:
-    """Raise ValueError unless a concept has an output for each cross-attention layer of a model, in its range."""
+    """Raise ValueError unless a concept has the layers and widths of a model, and its numbers are within its dtype."""
     base = f"{type(model).__name__} ({getattr(model, 'name_or_path', '') or 'unnamed'})"
     trained_on = f"The concept was trained on {concept.base_model or 'an unnamed model'}."
     for name, layer in layers.items():

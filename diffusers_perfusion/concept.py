@@ -98,7 +98,7 @@ class PerfusionConcept(ModelHubMixin):
                 raise ValueError(f"{name} holds NaN or infinity")
         for name in ("target_input", "superclass_input"):
             norm = getattr(self, name).float() @ getattr(self, f"inverse_{name}").float()
-            if not torch.finfo(norm.dtype).tiny < norm < torch.inf:
+            if not torch.finfo(torch.float32).tiny < norm < torch.inf:
                 raise ValueError(
                     f"{name} and inverse_{name} give ‖i‖² = {norm:.2g}; expected a positive number, as of one concept"
                 )
@@ -211,10 +211,12 @@ class PerfusionConcept(ModelHubMixin):
             dtype: of the tensors in the file. float16 moves the gate by less than 0.001.
 
         Raises:
-            ValueError: if a number is too large for `dtype`.
+            ValueError: if the numbers do not fit into `dtype`, or the description is too long.
+            OSError: if the file cannot be written.
         """
         tensors = self.state_dict(dtype)
-        content = serialize(tensors, metadata={HEADER_KEY: tensors.pop(HEADER_KEY)})
+        description = tensors.pop(HEADER_KEY)
+        content = serialize(tensors, metadata={HEADER_KEY: description})
         ConceptHeader.from_bytes(content, len(content))  # raises if its description is too long
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,10 +225,13 @@ class PerfusionConcept(ModelHubMixin):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PerfusionConcept":
-        """Return the concept in a file. Sizes, names, shapes and dtypes are checked before any tensor is read.
+        """Return the concept in a file, whose sizes, names, shapes and dtypes are checked before any tensor is made.
+
+        What happens to the file afterwards does not change the concept.
 
         Raises:
             FileNotFoundError: if there is no such file.
+            OSError: if it cannot be read.
             ValueError: if it is not a whole, valid concept file of this format version.
         """
         with open_concept_file(path) as content:
