@@ -235,7 +235,8 @@ class PerfusionConcept(ModelHubMixin):
             ValueError: if it is not a whole, valid concept file of this format version.
         """
         with open_concept_file(path) as content:
-            return cls._of(ConceptHeader.from_bytes(content, len(content)), deserialize(content))
+            header = ConceptHeader.from_bytes(content, len(content))
+            return cls._of(header, dict(sorted(deserialize(content).items())))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,8 @@ class ConceptHeader:
             raise ValueError(other or f"it is truncated or not a safetensors file ({printable(error)})") from error
         return cls.parse(
             json.loads(header[8:]).get("__metadata__"),
-            {name: (tensor["dtype"], tensor["shape"]) for name, tensor in tensors},
+            # The library's order is another in each call.
+            {name: (tensor["dtype"], tensor["shape"]) for name, tensor in sorted(tensors, key=itemgetter(0))},
         )
 
     @classmethod

@@ -180,6 +180,16 @@ def test_tensors_that_the_format_does_not_have_are_named(tmp_path, name):
         PerfusionConcept.from_state_dict(random_concept().state_dict() | {name: torch.ones(1)})
 
 
+def test_tensors_are_in_the_order_of_their_names(tmp_path):
+    """safetensors has another order in each call."""
+    outputs = {f"target_outputs.{name}": torch.ones(3) for name in "zyxcba"}
+    path = write(tmp_path / "cat", outputs)
+    expected = sorted([*"zyxcba", *random_concept().target_outputs])
+    assert list(ConceptHeader.read(path).layers) == list(PerfusionConcept.load(path).target_outputs) == expected
+    write(path, {name: torch.ones(3) for name in "zyxcba"})
+    refuse_header(path, r"not expected: \['a', 'b', 'c', 'x', 'y'\]")
+
+
 def test_a_gap_between_token_embeddings_is_named(tmp_path):
     gap = {"token_embeddings.2": torch.ones(3)}
     refuse_header(
