@@ -1,10 +1,11 @@
 """Concept files on the Hugging Face Hub: find one, read its header, push one, search for more."""
 
+import codecs
 import hashlib
 import io
 import logging
 import os
-import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,27 +20,30 @@ from huggingface_hub import (
     HfApi,
     ModelInfo,
     constants,
-    get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of whichever client this release of huggingface_hub speaks through
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
 from PIL import Image
 
+from .bounded_hub import BoundedHub, OddAnswerError, one_line
 from .concept_file import MAX_FILE_BYTES, WEIGHT_NAME, ConceptHeader, find_local_file
-from .model_card import TAGS, CardEntry, is_hub_id, make_card
+from .model_card import TAGS, CardEntry, card_metadata, gallery, is_hub_id, make_card, merge_card
 
 logger = logging.getLogger(__name__)
+
+# Of what the Hub sends of a header, of a README, and of the answers to a search.
+_MAX_HEADER_BYTES = 2**20
+_MAX_CARD_BYTES = 2**20
+_MAX_ANSWER_BYTES = 8 * 2**20
 
 _REFUSALS = {
     401: "the Hub does not know you; log in with `hf auth login` or pass token=",
@@ -74,16 +78,60 @@ def find_concept_file(
     if path is not None:
         return path
     with _explained(source, weight_name, hub_options.get("revision")):
-        if not hub_options.get("local_files_only"):
-            options = {name: hub_options.get(name) for name in ("revision", "endpoint")}
-            url = hf_hub_url(os.fspath(source), weight_name, subfolder=subfolder, **options)
-            try:
-                _check_size(get_hf_file_metadata(url, token=hub_options.get("token")).size or 0)
-            except (HTTPError, OSError):
-                # The download meets this too, unless it has the file in the cache.
-                if hub_options.get("force_download"):
-                    raise
-        return Path(hf_hub_download(os.fspath(source), weight_name, subfolder=subfolder, **hub_options))
+        return download(os.fspath(source), weight_name, MAX_FILE_BYTES, subfolder=subfolder, **hub_options)
+
+
+def download(
+    repo_id: str,
+    name: str,
+    max_bytes: int,
+    *,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    **options: Any,
+) -> Path:
+    """Return the path of a repository's file in the cache, which gets the newest version if the Hub can be reached.
+
+    Args:
+        repo_id: id of the repository.
+        name: of the file.
+        max_bytes: the largest size that it may have.
+        token: for private and gated repositories.
+        endpoint: address of the Hub.
+        local_files_only: never ask the Hub.
+        force_download: download even what is in the cache.
+        options: `subfolder`, `revision` and `cache_dir`, as `huggingface_hub.hf_hub_download` takes them.
+
+    Raises:
+        ValueError: if the file is too large.
+        Exception: as `hf_hub_download` raises it. The cause of a `LocalEntryNotFoundError` is why the Hub was not
+            reached.
+    """
+    options["force_download"] = force_download
+    reason: Exception | None = None
+    if not local_files_only:
+        where = {key: options.get(key) for key in ("subfolder", "revision")}
+        url = hf_hub_url(repo_id, name, endpoint=endpoint, **where)
+        hub = BoundedHub(token=token, endpoint=endpoint, max_bytes=max_bytes)
+        try:
+            size = _check_size(name, hub.ask(lambda api: api.get_hf_file_metadata(url=url)).size or 0, max_bytes)
+        except (EntryNotFoundError, RevisionNotFoundError):
+            raise
+        except (HTTPError, OSError) as error:
+            if force_download:
+                raise
+            reason = error
+        else:
+            hub = BoundedHub(token=token, endpoint=endpoint, max_bytes=max_bytes, payload=size)
+            return Path(hub.ask(lambda api: api.hf_hub_download(repo_id, name, **options)))
+    try:
+        return Path(hf_hub_download(repo_id, name, local_files_only=True, **options))
+    except LocalEntryNotFoundError as error:
+        if isinstance(reason, RepositoryNotFoundError):
+            raise reason from None
+        raise error from reason
 
 
 def read_header(
@@ -110,7 +158,9 @@ def read_header(
         return str(path), path.stat().st_size, ConceptHeader.read(path)
 
     name = f"{subfolder}/{weight_name}" if subfolder else weight_name
-    return f"{os.fspath(source)}/{name}", *_read_remote_header(os.fspath(source), name, revision, token)
+    hub = BoundedHub(token=token, max_bytes=_MAX_HEADER_BYTES)
+    with _explained(source, name, revision):
+        return f"{os.fspath(source)}/{name}", *_read_remote_header(hub, os.fspath(source), name, revision)
 
 
 def card_entry(path: Path, samples: Sequence[tuple[str, str]] = ()) -> CardEntry:
@@ -144,20 +194,21 @@ def push_concept_file(
 ) -> CommitInfo:
     """Upload a concept file, its sample images and a card in one commit, to a repository that is created if missing.
 
-    The card is rendered again by each push and lists every concept in the repository. Of the sample images only the
-    pixels are uploaded. `path` is the concept file; the other arguments are those of `PerfusionConcept.push_to_hub`.
+    What somebody else has put into the repository stays: other files, the text of the card outside of the part that
+    pushes write, metadata that are not what a push wrote. Of the sample images only the pixels are uploaded. `path` is
+    the concept file; the other arguments are those of `PerfusionConcept.push_to_hub`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a whole concept file, `weight_name` is not the name of a safetensors file, the rows of
-            `sweep` differ, or a repository that is to be private is public.
+        ValueError: if it is not a whole concept file, `weight_name` is not the name of a safetensors file or is that
+            of another concept in the repository, the rows of `sweep` differ, a repository that is to be private is
+            public, or the README there cannot be read.
         OSError: if the Hub cannot be reached or refuses. The message says what is on the Hub then; the same call can
             be repeated.
     """
     if PurePosixPath(weight_name).name != weight_name or not weight_name.endswith(".safetensors"):
         raise ValueError(f"weight_name is {weight_name!r}; expected the name of a file that ends in .safetensors")
-    folder_of_samples = f"images/{weight_name.removesuffix('.safetensors')}/"
-    images = {f"{folder_of_samples}{number}.png": _png(image) for number, (_, image) in enumerate(samples)}
+    images = {_sample_path(weight_name, number): _png(image) for number, (_, image) in enumerate(samples)}
     shown = [(prompt, image) for (prompt, _), image in zip(samples, images, strict=True)]
     entry = replace(card_entry(Path(path), shown), weight_name=weight_name)
     if not is_hub_id(entry.header.base_model):
@@ -165,41 +216,31 @@ def push_concept_file(
             f"The concept names its base model {entry.header.base_model!r}, which is not the id of a model on the "
             "Hub, so its card cannot say how to load it; set base_model to the id and push again."
         )
+    uploads = {weight_name: Path(path).read_bytes()} | images
 
-    api = HfApi(token=token)
     repo_id = create_repository(repo_id, private=private, token=token)
+    hub = BoundedHub(token=token, max_bytes=MAX_FILE_BYTES, payload=sum(map(len, uploads.values())))
     committing = False
     try:
         if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        entries = sorted([entry, *_other_entries(info, weight_name, token)], key=lambda entry: entry.weight_name)
-        license = license or getattr(info.card_data, "license", None)
-        if license is None:
-            logger.warning(
-                f"The card of {repo_id} names no licence, so nobody knows what they may do with the concept; push "
-                "again with a licence, such as license='cc-by-4.0' (--license cc-by-4.0)."
-            )
-        if sweep and len(entries) > 1:
-            logger.warning(f"The card of {repo_id} is of {len(entries)} concepts, so it does not show the sweep.")
-        card = make_card(repo_id, entries, license, sweep if len(entries) == 1 else ())
-        files = {weight_name: Path(path).read_bytes(), "README.md": str(card).encode()} | images
-        stale = [
-            file.rfilename
-            for file in info.siblings or []
-            if file.rfilename.startswith(folder_of_samples) and file.rfilename not in files
-        ]
-        operations: list[CommitOperation] = [CommitOperationAdd(path, data) for path, data in files.items()]
+            hub.ask(lambda api: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        repository = hub.ask(lambda api: _repository(api, repo_id, revision))
+        uploads["README.md"] = _readme_after(hub, repository, entry, license, sweep)
+        files = [file.rfilename for file in repository.siblings or []]
+        stale = [path for path in files if path not in uploads and _is_sample(path, weight_name)]
+        operations: list[CommitOperation] = [CommitOperationAdd(path, data) for path, data in uploads.items()]
         operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
         committing = True
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or f"Upload the Perfusion concept {entry.header.placeholder_token}",
-            revision=revision,
-            create_pr=create_pr,
-            # The card describes the files of this commit.
-            parent_commit=info.sha,
+        return hub.ask(
+            lambda api: api.create_commit(
+                repository.id,
+                operations,
+                commit_message=commit_message or f"Upload the Perfusion concept {entry.header.placeholder_token}",
+                revision=revision,
+                create_pr=create_pr,
+                # The card describes the files of this commit.
+                parent_commit=repository.sha,
+            )
         )
     except (HTTPError, OSError) as error:
         answer = getattr(error, "response", None)
@@ -219,15 +260,26 @@ def create_repository(repo_id: str, *, private: bool | None = None, token: str |
         ValueError: if it is to be private but exists and is public, or `repo_id` cannot be an id.
         OSError: if the Hub cannot be reached or refuses.
     """
-    api = HfApi(token=token)
+    hub = BoundedHub(token=token, max_bytes=_MAX_ANSWER_BYTES)
+
+    def find_or_make(api: HfApi) -> ModelInfo:
+        if "/" in repo_id:
+            try:
+                # One that was renamed is found by its old name, of which the Hub would make another.
+                return _repository(api, repo_id)
+            except RepositoryNotFoundError:
+                pass
+        return _repository(api, api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        public = private and api.model_info(repo_id).private is False
+        repository = hub.ask(find_or_make)
     except (HTTPError, OSError) as error:
-        raise OSError(f"the repository {repo_id} was not made, so nothing was pushed: {_reason(error)}") from error
-    if public:
-        raise ValueError(f"the repository {repo_id} is public already; make it private in its settings first")
-    return repo_id
+        raise OSError(
+            f"the repository {repo_id} was neither found nor made, so nothing was pushed: {_reason(error)}"
+        ) from error
+    if private and repository.private is False:
+        raise ValueError(f"the repository {repository.id} is public already; make it private in its settings first")
+    return repository.id
 
 
 def search_concepts(
@@ -241,62 +293,125 @@ def search_concepts(
         token: to find private repositories as well.
 
     Raises:
+        ValueError: if `limit` is below 1.
         OSError: if the Hub cannot be reached or refuses.
     """
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; expected at least 1")
     tags = TAGS + ([f"base_model:adapter:{base_model}"] if base_model else [])
+    hub = BoundedHub(token=token, max_bytes=_MAX_ANSWER_BYTES)
+
+    def search(cards: bool) -> list[ModelInfo]:
+        return hub.ask(lambda api: list(api.list_models(filter=tags, limit=limit, cardData=cards)))
+
     try:
-        return list(HfApi(token=token).list_models(filter=tags, limit=limit, cardData=True))
+        try:
+            return search(cards=True)
+        except OddAnswerError:
+            # One card that the client cannot take, in anybody's repository, is enough for this.
+            return search(cards=False)
     except (HTTPError, OSError) as error:
         raise OSError(f"the search failed: {_reason(error)}") from error
 
 
-def _read_remote_header(
-    repo_id: str, name: str, revision: str | None, token: str | bool | None
-) -> tuple[int, ConceptHeader]:
+def _read_remote_header(hub: BoundedHub, repo_id: str, name: str, revision: str | None) -> tuple[int, ConceptHeader]:
     """Return size and header of a concept file on the Hub."""
-    with _explained(repo_id, name, revision):
-        size = _check_size(get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), token=token).size)
-        try:
-            found = HfApi().parse_safetensors_file_metadata(repo_id, name, revision=revision, token=token)
-            tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
-        except (SafetensorsParsingError, struct.error, AttributeError, TypeError, RecursionError) as error:
-            # The client parses any JSON as if it were a header, and before huggingface_hub 1 any eight bytes.
-            raise ValueError(f"{repo_id}/{name} is not a safetensors file") from error
+    url = hf_hub_url(repo_id, name, revision=revision)
+    size = _check_size(name, hub.ask(lambda api: api.get_hf_file_metadata(url=url)).size, MAX_FILE_BYTES)
     try:
+        found = hub.ask(lambda api: api.parse_safetensors_file_metadata(repo_id, name, revision=revision))
+    except OddAnswerError as error:
+        # The client parses any JSON as if it were a header, and before huggingface_hub 1 any eight bytes.
+        raise ValueError(f"{repo_id}/{name} is not a safetensors file") from error
+    try:
+        tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
         return size, ConceptHeader.parse(found.metadata, tensors)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{repo_id}/{name} is not a valid concept file: {error!s:.400}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{repo_id}/{name} is not a valid concept file: {one_line(error)}") from error
 
 
-def _check_size(size: int | None) -> int:
-    if size is None or size > MAX_FILE_BYTES:
-        raise ValueError(f"the file's size is {size or 'unknown'}; expected at most {MAX_FILE_BYTES} bytes")
+def _check_size(name: str, size: int | None, max_bytes: int) -> int:
+    if size is None or size > max_bytes:
+        raise ValueError(f"the size of {name} is {size or 'unknown'}; expected at most {max_bytes} bytes")
     return size
 
 
-def _other_entries(info: ModelInfo, weight_name: str, token: str | bool | None) -> Iterator[CardEntry]:
-    """Yield the other concepts at the top of a repository, with the images that its card shows of them."""
-    files = {file.rfilename: file for file in info.siblings or []}
-    gallery = getattr(info.card_data, "widget", None)
-    shown = [_widget(entry) for entry in gallery] if isinstance(gallery, list) else []
+def _repository(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
+    """Return what the Hub says of a repository and its files."""
+    info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    files = info.siblings or []
+    if not all(isinstance(name, str) for name in (info.id, info.sha, *(file.rfilename for file in files))):
+        raise TypeError("a name is no text")
+    if not all(isinstance(file.size, int | None) for file in files):
+        raise TypeError("a size is no number")
+    return info
+
+
+def _readme_after(
+    hub: BoundedHub, repository: ModelInfo, entry: CardEntry, license: str | None, sweep: Sequence[Mapping[str, Any]]
+) -> bytes:
+    """Return the README of a repository with a card of the concepts that it holds once it holds one more.
+
+    Raises:
+        ValueError: if the file of that one is another concept's, or the README that is there cannot be read.
+    """
+    files = {file.rfilename: file for file in repository.siblings or []}
+    with tempfile.TemporaryDirectory() as folder:
+        readme = Path(folder, "README.md")
+        if readme.name in files:
+            _check_size(readme.name, files[readme.name].size, _MAX_CARD_BYTES)
+            cached = hub.ask(lambda api: api.hf_hub_download(repository.id, readme.name, revision=repository.sha))
+            readme.write_bytes(Path(cached).read_bytes().removeprefix(codecs.BOM_UTF8))
+        before = {held.weight_name: held for held in _entries(hub, repository, card_metadata(readme))}
+        if entry.weight_name in files:
+            held = before.get(entry.weight_name)
+            token = entry.header.placeholder_token
+            if held is None or held.header.placeholder_token != token:
+                what = f"the concept {held.header.placeholder_token}" if held else "no concept that this release reads"
+                raise ValueError(
+                    f"{entry.weight_name} in {repository.id} is {what}; choose another weight_name for {token}, or "
+                    "delete that file first"
+                )
+        entries = [one for _, one in sorted((before | {entry.weight_name: entry}).items())]
+        if len(entries) > 1 and sweep:
+            logger.warning(
+                f"The card of {repository.id} is of {len(entries)} concepts, so it does not show the sweep."
+            )
+            sweep = ()
+        earlier = make_card(repository.id, list(before.values())) if before else None
+        merge_card(readme, make_card(repository.id, entries, license, sweep), earlier)
+        if "license" not in card_metadata(readme):
+            logger.warning(
+                f"The card of {repository.id} names no licence, so nobody knows what they may do with the concept; "
+                "push again with a licence, such as license='cc-by-4.0' (--license cc-by-4.0)."
+            )
+        return readme.read_bytes()
+
+
+def _entries(hub: BoundedHub, repository: ModelInfo, metadata: Mapping[str, Any]) -> Iterator[CardEntry]:
+    """Yield the concepts at the top of a repository, with the images that the metadata of its card show of them."""
+    files = {file.rfilename: file for file in repository.siblings or []}
+    shown = list(gallery(metadata))
     for name, file in files.items():
-        if "/" in name or not name.endswith(".safetensors") or name == weight_name:
+        if "/" in name or not name.endswith(".safetensors"):
             continue
         try:
-            size, header = _read_remote_header(info.id, name, info.sha, token)
+            size, header = _read_remote_header(hub, repository.id, name, repository.sha)
         except ValueError:
             continue  # a file of another kind
-        folder = f"images/{name.removesuffix('.safetensors')}/"
-        samples = [(text, url) for text, url in shown if url in files and url.startswith(folder)]
+        samples = [(text, url) for text, url in shown if url in files and _is_sample(url, name)]
         yield CardEntry(name, header, size, file.lfs.sha256 if file.lfs else None, samples)
 
 
-def _widget(entry: Any) -> tuple[str, str]:
-    """Return prompt and image path of an entry in a card's gallery, which may have any form."""
-    try:
-        return str(entry["text"]), str(entry["output"]["url"])
-    except (KeyError, TypeError):
-        return "", ""
+def _sample_path(weight_name: str, number: int | str) -> str:
+    """Return the path in a repository of a sample image of a concept."""
+    return f"images/{weight_name.removesuffix('.safetensors')}/{number}.png"
+
+
+def _is_sample(path: str, weight_name: str) -> bool:
+    """Return whether an image is one that a push of a concept has written."""
+    number = PurePosixPath(path).stem
+    return number.isdecimal() and path == _sample_path(weight_name, number)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -316,7 +431,9 @@ def _explained(source: str | os.PathLike, weight_name: str, revision: str | None
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is neither a file, a folder nor the id of a Hub repository") from error
+        raise ValueError(
+            f"{name!r} is neither a file, a folder nor the id of a Hub repository, such as me/my-cat"
+        ) from error
     except GatedRepoError as error:
         raise ValueError(
             f"the repository {name} is gated; accept its conditions on the Hub, log in or pass token="
@@ -332,7 +449,7 @@ def _explained(source: str | os.PathLike, weight_name: str, revision: str | None
         cause = error.__cause__
         raise FileNotFoundError(
             f"{name!r} is not a local file or folder, {weight_name} of such a repository is not in the cache, and "
-            + (_reason(cause) if isinstance(cause, HfHubHTTPError) else "the Hub was not reached")
+            + (f"it was not downloaded: {_reason(cause)}" if cause else "the Hub was not asked")
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(
@@ -349,4 +466,4 @@ def _reason(error: BaseException) -> str:
     response = getattr(error, "response", None)
     if response is not None and response.status_code in _REFUSALS:
         return f"{_REFUSALS[response.status_code]} ({response.status_code})"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return one_line(error).rstrip(".") or type(error).__name__

@@ -3,14 +3,16 @@
 The texts in a concept file are a stranger's, so a template cannot show any text unescaped: see `_finalize`.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, metadata_save
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
@@ -21,6 +23,11 @@ from .concept_file import WEIGHT_NAME, ConceptHeader
 # `template:…`, for which it prints code that takes a concept for a LoRA.
 LIBRARY_NAME = "diffusers-perfusion"
 TAGS = ["perfusion", "diffusers", "text-to-image"]
+
+# Around the text of a card, so that a later push can tell it from what somebody has written above and below.
+_BEGIN = "<!-- diffusers-perfusion: begin. A push writes the text down to the end mark anew, and keeps all other. -->"
+_END = "<!-- diffusers-perfusion: end -->"
+_WRITTEN = re.compile(r"^<!-- diffusers-perfusion: begin\b[^\n]*$.*?^<!-- diffusers-perfusion: end -->", re.M | re.S)
 
 _PACKAGE = Path(__file__).parent
 
@@ -79,7 +86,78 @@ def make_card(
     )
     template = _TEMPLATES.get_template("concept.md" if len(entries) == 1 else "collection.md")
     body = template.render(entry=entries[0], entries=entries, code=Markup(_code(repo_id, entries[0])), sweep=sweep)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{body.strip()}\n\n{_END}\n")
+
+
+def card_metadata(readme: Path) -> dict[str, Any]:
+    """Return the metadata of a README, which is empty if there is none.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    try:
+        return metadata_load(readme) or {} if readme.exists() else {}
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{readme.name} cannot be read, so nothing can be added to it ({reason}); mend it") from error
+
+
+def gallery(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield prompt and path of the images in the gallery of a card, whose entries may have any form."""
+    entries = metadata.get("widget")
+    for entry in entries if isinstance(entries, list) else []:
+        try:
+            yield str(entry["text"]), str(entry["output"]["url"])
+        except (KeyError, TypeError):
+            continue
+
+
+def merge_card(readme: Path, card: ModelCard, earlier: ModelCard | None) -> None:
+    """Write a card into a README, and leave what is not of an earlier card as it is.
+
+    The text goes between marks, to the end if there are none yet. Metadata stay if they are not those of the earlier
+    card, except for the licence; tags and gallery are added to. The README of a model of another library, such as a
+    whole pipeline, gets no other metadata than these.
+
+    Args:
+        readme: the file; it need not exist.
+        card: the card to write.
+        earlier: the card that described the concepts until now; None if there were none.
+
+    Raises:
+        ValueError: if the README cannot be read.
+    """
+    held, new = card_metadata(readme), card.data.to_dict()
+    text = readme.read_bytes().decode() if readme.exists() else ""
+    line_break = "\r\n" if "\r\n" in text else "\n"
+    written = card.text.strip().replace("\n", line_break)
+    if match := _WRITTEN.search(text):
+        text = text[: match.start()] + written + text[match.end() :]
+    else:
+        text = (text.rstrip() + line_break if text else "") + line_break + written + line_break
+    readme.write_bytes(text.encode())
+    merged = _merge_metadata(held, new, earlier.data.to_dict() if earlier else {})
+    if merged != held:
+        metadata_save(readme, merged)
+
+
+def _merge_metadata(held: dict[str, Any], new: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata in which those of an earlier card are replaced by those of a new one."""
+    shared = ("license", "tags", "widget")
+    is_ours = held.get("library_name", LIBRARY_NAME) == LIBRARY_NAME
+    merged = dict(held)
+    for key in [key for key in {**earlier, **new} if is_ours or key in shared]:
+        if key == "tags" and isinstance(held.get(key), list):
+            merged[key] = held[key] + [tag for tag in new[key] if tag not in held[key]]
+        elif key == "widget" and isinstance(held.get(key), list):
+            ours = {url for metadata in (earlier, new) for _, url in gallery(metadata)}
+            others = [entry for entry in held[key] if not {url for _, url in gallery({key: [entry]})} & ours]
+            merged[key] = others + new.get(key, [])
+        elif key in new and (key == "license" or held.get(key) == earlier.get(key)):
+            merged[key] = new[key]
+        elif key not in new and key in held and held[key] == earlier[key]:
+            del merged[key]
+    return merged
 
 
 def is_hub_id(name: str) -> bool:

@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from hub_server import HubServer
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -96,6 +97,28 @@ def hugging_face_home(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(home / "hub"), raising=False)  # of 4.x
     return home
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on this machine, empty, and a client that asks no other and never waits between two tries."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    server = HubServer().start()
+    constants = "huggingface_hub.constants."
+    monkeypatch.setattr(constants + "ENDPOINT", server.endpoint)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.endpoint)
+    # Before huggingface_hub 1 the second module has a copy of the first one's.
+    for module in ("constants", "file_download"):
+        template = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
+        monkeypatch.setattr(template, server.endpoint + "/{repo_id}/resolve/{revision}/{filename}", raising=False)
+    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants + "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    monkeypatch.setattr(constants + "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture

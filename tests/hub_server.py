@@ -52,9 +52,17 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repositories: by id.
         requests: every request so far: method, path, token and the range asked for.
+        moved: new ids of repositories by their old ones.
         fault: called with each request's handler when its headers are read. It may raise `Refusal`, raise anything
-            else to hang up in the middle of an upload, set the handler's `mute` to hang up when the request is done,
-            its `cut` to the number of bytes after which an answer breaks off, or its `claim` to a false size.
+            else to hang up in the middle of an upload, or set on the handler
+
+            - `mute` to hang up when the request is done,
+            - `cut` to the number of bytes after which an answer breaks off,
+            - `claim` to a false size,
+            - `forged` to headers in place of the true ones,
+            - `content` to a body in place of the true one,
+            - `flood` to bytes that are sent again and again, without a size, until the client hangs up,
+            - `slow` to `headers` or `body`, which then come byte by byte, or to `silent`.
     """
 
     daemon_threads = True
@@ -63,6 +71,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = {}
         self.requests = []
+        self.moved = {}
+        self.stopped = threading.Event()
         self.fault = lambda handler: None
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
@@ -74,6 +84,10 @@ class HubServer(ThreadingHTTPServer):
     def start(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
+
+    def shutdown(self):
+        self.stopped.set()
+        super().shutdown()
 
     def handle_error(self, request, client_address):
         """Clients that hang up, and answers cut off on purpose, are no news."""
@@ -116,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         if url.path != "/api/agent-harnesses":  # which the client asks on its own account, without a token
             self.server.requests.append((self.command, url.path, self.token, self.headers.get("Range")))
         self.mute, self.cut, self.claim = False, None, None
+        self.forged, self.content, self.flood, self.slow = {}, None, None, None
         refusal = None
         try:
             self.server.fault(self)
@@ -125,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if refusal:
                 raise refusal
+            if answer := self._moved():
+                routes = {re.escape(url.path): lambda: answer}
             for pattern, route in routes.items():
                 if match := re.fullmatch(pattern, url.path):
                     answer = route(**{name: unquote(value or "main") for name, value in match.groupdict().items()})
@@ -142,15 +159,32 @@ class _Handler(BaseHTTPRequestHandler):
         if self.mute:
             self.close_connection = True
             return
-        self.send_response(status)
+        if self.slow == "silent":
+            self.server.stopped.wait()
+        content = content if self.content is None else self.content
         size = len(content) if self.claim is None or self.command != "HEAD" else self.claim
-        for name, value in {**headers, "Content-Length": str(size)}.items():
+        flood = self.flood if self.command != "HEAD" else None
+        self.send_response(status)
+        length = {} if flood else {"Content-Length": str(size)}
+        for name, value in {**headers, **length, **self.forged}.items():
             self.send_header(name, value)
+        if self.slow == "headers":
+            self.wfile = _Slow(self.wfile, self.server.stopped)
         self.end_headers()
+        if self.slow == "body":
+            self.wfile = _Slow(self.wfile, self.server.stopped)
         if self.command != "HEAD":
             self.wfile.write(content[: self.cut])
-        if self.cut is not None:
+        while flood and not self.server.stopped.is_set():
+            self.wfile.write(flood)
+        if self.cut is not None or self.flood:
             self.close_connection = True
+
+    def _moved(self):
+        """The answer for a repository that has another name now."""
+        for old, new in self.server.moved.items():
+            if f"/{old}" in self.path:
+                return 307, b"", {"Location": self.path.replace(f"/{old}", f"/{new}", 1)}
 
     def _repository(self, id, write=False):
         """A repository that the token may read, or write."""
@@ -192,12 +226,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def preupload(self, id, rev):
-        self._commit_of(self._repository(id), rev)
-        files = json.loads(self.body)["files"]
-        return {
-            "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files],
-            "commitOid": "0" * 40,
-        }
+        repository = self._repository(id)
+        held = repository.commits[self._commit_of(repository, rev)]
+        files = [
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": _oid(held.get(file["path"]))}
+            for file in json.loads(self.body)["files"]
+        ]
+        return {"files": files, "commitOid": "0" * 40}
 
     def commit(self, id, rev):
         pull_request = self.query.get("create_pr") == ["1"]
@@ -251,7 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
         user = TOKENS.get(self.token)
         visible = [id for id, held in self.server.repositories.items() if not held.private or user == id.split("/")[0]]
         models = [self.model_info(id, "main") for id in visible]
-        return [model for model in models if wanted <= set(model["tags"])][: int(self.query.get("limit", [1000])[0])]
+        found = [model for model in models if wanted <= set(model["tags"])][: int(self.query.get("limit", [1000])[0])]
+        return found if "cardData" in self.query else [model | {"cardData": None} for model in found]
 
     def _entry(self, path, content):
         return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
@@ -282,9 +318,33 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, content, headers
 
 
+class _Slow:
+    """A file that is written byte by byte, a hundred in a second, until the server stops."""
+
+    def __init__(self, file, stopped):
+        self.file, self.stopped = file, stopped
+
+    def write(self, data):
+        for byte in data:
+            if self.stopped.wait(0.01):
+                raise ConnectionAbortedError
+            self.file.write(bytes([byte]))
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def _oid(content):
+    """What git calls a file of this content."""
+    return None if content is None else hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
 def _front_matter(files):
     match = re.match(r"---\n(.*?)\n---\n", files.get("README.md", b"").decode(), re.DOTALL)
-    return yaml.safe_load(match[1]) if match else {}
+    try:
+        return yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        return {}
 
 
 def main():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, Refusal
+from hub_server import Refusal
 from huggingface_hub import ModelHubMixin
 from PIL import Image, PngImagePlugin
 
@@ -23,27 +23,6 @@ from diffusers_perfusion.training import TrainingConfig, train
 
 POCKET = Path(__file__).resolve().parents[1] / "examples" / "pocket"
 TOKEN = "hf_me"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The Hub, empty, and a client that asks no other and never waits."""
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    server = HubServer().start()
-    constants = "huggingface_hub.constants."
-    monkeypatch.setattr(constants + "ENDPOINT", server.endpoint)
-    # Before huggingface_hub 1 the second module has a copy of the first one's.
-    for module in ("constants", "file_download"):
-        template = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
-        monkeypatch.setattr(template, server.endpoint + "/{repo_id}/resolve/{revision}/{filename}", raising=False)
-    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants + "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    monkeypatch.setattr(constants + "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -139,7 +118,7 @@ def test_a_card_without_a_licence_is_reported(hub, concept, caplog):
     caplog.clear()
     concept.push_to_hub("me/my-cat", license="cc-by-4.0", token=TOKEN)
     concept.push_to_hub("me/my-cat", token=TOKEN)
-    assert "license: cc-by-4.0" in card(hub) and not caplog.messages
+    assert "license: cc-by-4.0" in card(hub) and "licence" not in caplog.text
 
 
 def test_a_concept_is_pushed_and_read_as_other_models_are(hub, concept, tmp_path):
@@ -258,6 +237,79 @@ def test_a_card_that_someone_wrote_is_no_obstacle(hub, make_concept, tmp_path, m
     monkeypatch.chdir(tmp_path)
     make_concept("<my-dog>", "dog").push_to_hub("me/pets", weight_name="dog.safetensors", token=TOKEN)
     assert "# 2 concepts" in card(hub, "me/pets") and "license: mit" in card(hub, "me/pets")
+    assert "\nMine." in card(hub, "me/pets")
+
+
+def edit_card(hub, old, new, repo_id="me/my-cat"):
+    """Edit a card by hand, in a commit of its own."""
+    changed = files(hub, repo_id) | {"README.md": card(hub, repo_id).replace(old, new, 1).encode()}
+    hub.repositories[repo_id].commit("main", changed)
+
+
+def test_what_was_written_by_hand_stays(hub, concept):
+    concept.push_to_hub("me/my-cat", samples=[("a <my-cat>", image())], license="mit", token=TOKEN)
+    edit_card(hub, "license: mit", "license: mit\nlanguage: fr")
+    edit_card(hub, "pipeline_tag: text-to-image", "pipeline_tag: image-to-image")
+    edit_card(hub, "<!-- diffusers-perfusion: begin", "My cat is called Rex.\n\n<!-- diffusers-perfusion: begin")
+    hub.repositories["me/my-cat"].commit("main", files(hub) | {"images/perfusion/rex.png": b"", "rex.txt": b""})
+    concept.bias = 0.9
+    concept.push_to_hub("me/my-cat", samples=[("a <my-cat> in snow", image())], token=TOKEN)
+    for kept in ("license: mit", "language: fr", "pipeline_tag: image-to-image", "My cat is called Rex."):
+        assert kept in card(hub)
+    assert "| β | 0.9;" in card(hub) and card(hub).count("| β |") == 1
+    assert "a <my-cat> in snow" in card(hub) and "text: a <my-cat>\n" not in card(hub)
+    assert {"images/perfusion/rex.png", "rex.txt"} < files(hub).keys()
+
+
+def test_the_readme_of_a_whole_model_stays(hub, concept, pipeline):
+    pipeline.push_to_hub("me/whole", token=TOKEN)
+    edit_card(hub, "library_name: diffusers", "library_name: diffusers\nlicense: mit", "me/whole")
+    before = card(hub, "me/whole")
+    for _ in range(2):
+        concept.push_to_hub("me/whole", token=TOKEN)
+        assert before.split("---\n", 2)[2].rstrip() in card(hub, "me/whole")
+        assert "pipe.load_perfusion('me/whole')" in card(hub, "me/whole")
+        assert "library_name: diffusers\nlicense: mit\ntags:" in card(hub, "me/whole")
+    assert "me/whole" in [found.id for found in search_concepts()]
+
+
+def test_the_same_push_twice_is_one(hub, concept):
+    samples = [("a <my-cat>", image())]
+    first = concept.push_to_hub("me/my-cat", samples=samples, license="mit", token=TOKEN)
+    again = concept.push_to_hub("me/my-cat", samples=samples, token=TOKEN)
+    assert again.oid == first.oid and len(hub.repositories["me/my-cat"].commits) == 2
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_concept_of_another_token_is_not_replaced(hub, concept, make_concept, create_pr):
+    concept.push_to_hub("me/my-cat", token=TOKEN)
+    dog = make_concept("<my-dog>", "dog", seed=1)
+    with pytest.raises(ValueError, match="is the concept <my-cat>; choose another weight_name for <my-dog>"):
+        dog.push_to_hub("me/my-cat", create_pr=create_pr, token=TOKEN)
+    assert read_header("me/my-cat")[2].placeholder_token == "<my-cat>"
+    dog.push_to_hub("me/my-cat", weight_name="dog.safetensors", token=TOKEN)
+    assert {WEIGHT_NAME, "dog.safetensors"} < files(hub).keys()
+    make_concept("<my-cat>", "lion", seed=2).push_to_hub("me/my-cat", token=TOKEN)
+    assert read_header("me/my-cat")[2].superclass == "lion"
+
+
+@pytest.mark.parametrize("held", [b"", b"PK" + bytes(100), struct.pack("<Q", 2) + b"{}"])
+def test_a_file_that_is_no_concept_is_not_replaced(hub, concept, held):
+    hub.add("me/my-cat", {WEIGHT_NAME: held})
+    with pytest.raises(ValueError, match="is no concept that this release reads; choose another weight_name"):
+        concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert files(hub) == {WEIGHT_NAME: held}
+
+
+def test_a_readme_that_cannot_be_read_is_not_replaced(hub, concept):
+    for readme, match in (
+        (b"---\nlicense: [\n---\nMine.", r"README\.md cannot be read, .* mend it"),
+        (b" " * (2**20 + 1), r"the size of README\.md is 1048577; expected at most"),
+    ):
+        hub.add("me/my-cat", {"README.md": readme})
+        with pytest.raises(ValueError, match=match):
+            concept.push_to_hub("me/my-cat", token=TOKEN)
+        assert files(hub) == {"README.md": readme}
 
 
 def test_a_branch_is_made(hub, concept, make_concept, pipeline):
@@ -279,8 +331,16 @@ def test_the_name_of_the_file_is_one(hub, concept, name):
 @pytest.mark.parametrize(
     ("repo_id", "token", "match"),
     [
-        ("me/my-cat", None, r"was not made, so nothing was pushed: the Hub does not know you; log in .* \(401\)"),
-        ("you/my-cat", TOKEN, r"was not made, so nothing was pushed: your token does not allow it \(403\)"),
+        (
+            "me/my-cat",
+            None,
+            r"neither found nor made, .*: the Hub does not know you; log in .* \(401\)",
+        ),
+        (
+            "you/my-cat",
+            TOKEN,
+            r"neither found nor made, .*: your token does not allow it \(403\)",
+        ),
     ],
 )
 def test_a_user_who_may_not_write_is_told_why(hub, concept, repo_id, token, match):
@@ -311,7 +371,7 @@ def overtake(handler):
         (
             "/api/models/me/my-cat",
             limit,
-            r"\(429\); the repository is on the Hub and holds nothing of this push; push",
+            r"was neither found nor made, so nothing was pushed: .* \(429\)",
         ),
         ("/preupload/", limit, r"wait some minutes \(429\); the repository .* holds nothing of this push; push again"),
         ("/preupload/", hang_up, "the repository is on the Hub and holds either all of this push or nothing of it"),
@@ -319,7 +379,7 @@ def overtake(handler):
         ("/commit/", hang_up, "the repository is on the Hub and holds either all of this push or nothing of it"),
         ("/commit/", hang_up_afterwards, "the repository is on the Hub and holds either all of this push or nothing"),
         ("/commit/", overtake, r"the repository was changed at the same time \(412\); .* nothing of this push"),
-        ("/repos/create", hang_up, "the repository me/my-cat was not made, so nothing was pushed"),
+        ("/repos/create", hang_up, "the repository me/my-cat was neither found nor made, so nothing was pushed"),
     ],
 )
 def test_a_failed_push_says_what_to_do_and_can_be_repeated(hub, concept, route, fault, match):
@@ -392,10 +452,10 @@ def is_file(handler):
 @pytest.mark.parametrize(
     ("fault", "match"),
     [
-        (hang_up, "(was not downloaded: .*; the cache is as it was|and the Hub was not reached)"),
+        (hang_up, "was not downloaded: "),
         (claim_more, "perfusion.safetensors of me/my-cat was not downloaded: .*should be of size 1000000"),
         (claim_less, "perfusion.safetensors of me/my-cat was not downloaded: .*should be of size 100 "),
-        (limit, r"not in the cache, and the Hub limits the number of requests; wait some minutes \(429\)"),
+        (limit, r"not in the cache, and it was not downloaded: the Hub limits the .*; wait some minutes \(429\)"),
     ],
 )
 def test_after_a_failed_download_the_cache_is_usable(hub, content, fault, match, pipeline):
@@ -439,7 +499,7 @@ def test_a_refused_file_is_taken_from_the_cache(hub, content):
 def test_a_file_too_large_for_a_concept_is_not_downloaded(hub, content, read):
     hub.add("me/my-cat", {WEIGHT_NAME: content})
     hub.fault = lambda handler: setattr(handler, "claim", MAX_FILE_BYTES + 1)
-    with pytest.raises(ValueError, match=rf"size is {MAX_FILE_BYTES + 1}; expected at most"):
+    with pytest.raises(ValueError, match=rf"the size of {WEIGHT_NAME} is {MAX_FILE_BYTES + 1}; expected at most"):
         read("me/my-cat")
     assert {method for method, *_ in hub.requests} == {"HEAD"}
 
@@ -580,7 +640,7 @@ def test_training_shares_its_concept_and_nothing_else(hub, pipeline, training_se
 
 def test_training_that_may_not_share_does_not_start(hub, pipeline, training_settings):
     config = TrainingConfig(**training_settings, push_to_hub=True, hub_model_id="you/my-cat", hub_token=TOKEN)
-    with pytest.raises(OSError, match="the repository you/my-cat was not made, so nothing was pushed: your token"):
+    with pytest.raises(OSError, match=r"the repository you/my-cat was neither found nor made, .*: your token"):
         train(pipeline, config)
     assert not list(Path(config.output_dir).iterdir())
 

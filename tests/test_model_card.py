@@ -1,6 +1,7 @@
 """Model cards: their contents, and that a stranger's text in a concept file stays text."""
 
 import ast
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from diffusers_perfusion.concept_file import ConceptHeader
 from diffusers_perfusion.hub import card_entry
-from diffusers_perfusion.model_card import CardEntry, is_hub_id, make_card
+from diffusers_perfusion.model_card import CardEntry, card_metadata, is_hub_id, make_card, merge_card
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -173,6 +174,131 @@ def test_any_text_is_only_text(text):
         for lead in page.leads:
             assert lead.startswith(("https://arxiv.org/", "images/")) or not urlsplit(lead).scheme
         assert code_of(read) == code_of(plain)
+
+
+# what somebody else has written
+
+CARD = make_card("me/my-bear", [ENTRY])
+NEXT = make_card("me/my-bear", [replace(ENTRY, header=replace(HEADER, bias=0.9, base_model="you/other"))])
+
+
+@pytest.fixture
+def readme(tmp_path):
+    return tmp_path / "README.md"
+
+
+def merge(readme, text, card=CARD, earlier=None):
+    """Write a card into a README of this text, and return metadata and text."""
+    readme.write_bytes(text.encode())
+    merge_card(readme, card, earlier)
+    return card_metadata(readme), readme.read_bytes().decode()
+
+
+def test_a_card_where_there_is_none(readme):
+    merge_card(readme, CARD, None)
+    assert ModelCard(readme.read_text()).data.to_dict() == CARD.data.to_dict()
+    assert readme.read_text().endswith(CARD.text)
+
+
+def test_text_outside_of_the_marks_stays(readme):
+    front, body = str(CARD).split("---\n\n", 1)
+    metadata, text = merge(readme, f"{front}---\n\nAbove.\n\n{body}\nBelow.\n", NEXT, CARD)
+    assert metadata == NEXT.data.to_dict()
+    assert text.endswith(f"---\n\nAbove.\n\n{NEXT.text.strip()}\n\nBelow.\n")
+    assert merge(readme, text, NEXT, NEXT)[1] == text
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n\n"])
+def test_a_text_without_marks_gets_the_card_at_its_end(readme, end):
+    _, text = merge(readme, f"---\nlicense: mit\n---\n# Mine\n\nText.{end}")
+    assert text.endswith(f"# Mine\n\nText.\n\n{CARD.text.strip()}\n")
+
+
+def test_half_of_the_marks_are_no_marks(readme):
+    begin, *_, end = CARD.text.strip().splitlines()
+    for half in (begin, end):
+        _, text = merge(readme, f"Mine.\n{half}\nMine too.\n")
+        assert "Mine." in text and "Mine too." in text and "# &#60;my-bear&#62;" in text
+
+
+def test_metadata_of_others_stay(readme):
+    written = "---\ndatasets: [me/bears]  # mine\nlicense: mit\ninstance_prompt: a bear\ntags: [bear]\n---\n"
+    metadata, text = merge(readme, written)
+    assert metadata == CARD.data.to_dict() | {
+        "datasets": ["me/bears"],
+        "license": "mit",
+        "instance_prompt": "a bear",
+        "tags": ["bear", "perfusion", "diffusers", "text-to-image"],
+    }
+    again, _ = merge(readme, text, make_card("me/my-bear", [ENTRY], license="cc-by-4.0"), CARD)
+    assert again == metadata | {"license": "cc-by-4.0"}
+
+
+def test_metadata_that_an_earlier_card_wrote_are_written_anew(readme):
+    two = make_card("me/my-bear", [ENTRY, replace(ENTRY, weight_name="cat.safetensors", samples=())])
+    metadata, text = merge(readme, str(CARD), NEXT, CARD)
+    assert metadata == NEXT.data.to_dict()
+    metadata, _ = merge(readme, text, two, NEXT)
+    assert metadata == two.data.to_dict()
+    assert "instance_prompt" not in metadata
+
+
+def test_the_gallery_keeps_the_images_of_others(readme):
+    mine = {"text": "mine", "output": {"url": "mine.png"}}
+    odd = [5, {"text": "no image"}]
+    changed = {"text": "a prompt in other words", "output": {"url": "images/bear 1/0.png"}}
+    front = json.dumps({"widget": [mine, *odd, changed]})
+    metadata, _ = merge(readme, f"---\n{front}\n---\n", CARD, CARD)
+    assert metadata["widget"] == [mine, *odd, *CARD.data.widget]
+
+
+def test_a_whole_model_stays_what_it_is(readme):
+    written = "---\nlibrary_name: diffusers\nbase_model: you/base\n---\n# A model\n"
+    metadata, text = merge(readme, written)
+    assert metadata == {
+        "library_name": "diffusers",
+        "base_model": "you/base",
+        "tags": CARD.data.tags,
+        "widget": CARD.data.widget,
+    }
+    assert "# A model" in text and "# &#60;my-bear&#62;" in text
+    assert "base_model" not in merge(readme, "---\nlibrary_name: diffusers\n---\n")[0]
+
+
+def test_line_ends_stay(readme):
+    written = "---\r\nlicense: mit\r\n---\r\n# Mine\r\n"
+    metadata, text = merge(readme, written)
+    assert metadata["license"] == "mit" and "# Mine\r\n" in text
+    assert text.count("\n") == text.count("\r\n")
+    assert merge(readme, text, NEXT, CARD)[1].count("# &#60;my-bear&#62;") == 1
+
+
+def test_a_comment_in_metadata_stays_while_they_do(readme):
+    text = merge(readme, "")[1].replace("---\n", "---\n# mine\n", 1)
+    assert "# mine" in merge(readme, text, CARD, CARD)[1]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b"---\na: [\n---\n", b"---\n- a list\n---\n", b"\xff\xfe", b"---\na: " + b"[" * 5000 + b"\n---\n"],
+    ids=["no YAML", "a list", "no text", "deep"],
+)
+def test_a_readme_that_cannot_be_read_is_not_written(readme, written):
+    readme.write_bytes(written)
+    with pytest.raises(ValueError, match=r"README\.md cannot be read, so nothing can be added to it"):
+        merge_card(readme, CARD, None)
+    assert readme.read_bytes() == written
+
+
+def test_no_text_of_a_concept_ends_the_card(readme):
+    for header in (replace(HEADER, base_model=END), replace(HEADER, training={END: END}, superclass=END)):
+        entry = replace(ENTRY, header=header, samples=[(END, "images/perfusion/0.png")])
+        card = make_card("me/my-bear", [entry])
+        _, text = merge(readme, str(card) + "Mine.\n", CARD, card)
+        assert text.endswith(CARD.text + "Mine.\n")
+
+
+END = CARD.text.strip().splitlines()[-1]
 
 
 def test_prompts_on_the_card_call_the_concept():

@@ -94,7 +94,7 @@ def push(concept: str, repo_id: str, sample: list[tuple[str, str]], sweep: str |
 
         rows = Sweep.read(sweep).for_concept(loaded).table()
     commit = loaded.push_to_hub(repo_id, samples=samples, sweep=rows, **options)
-    print(commit.pr_url or commit.commit_url)
+    print(printable(commit.pr_url or commit.commit_url))
 
 
 def add_pull_arguments(parser: argparse.ArgumentParser) -> None:
