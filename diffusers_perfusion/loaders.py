@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
-from urllib.parse import quote, unquote
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,11 +22,9 @@ from .model_families import edited_model, family_of
 from .model_hooks import attach, check_processors, detach
 from .pipeline_compat import PipelineCompatMixin, with_mixin
 from .registry import ConceptRegistry, Locking, registry_of
+from .saved_concepts import FOLDER, save_concepts, saved_concepts
 
 logger = logging.get_logger(__name__)
-
-# Folder for concepts beside the models of a pipeline.
-CONCEPTS = "perfusion"
 
 Source = str | os.PathLike | PerfusionConcept | Mapping[str, Any]
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -56,10 +53,13 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Load a pipeline as its diffusers class does, and the concepts that were saved in its folder."""
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        for path in sorted((Path(pretrained_model_name_or_path) / CONCEPTS).glob("*.safetensors")):
-            pipeline.load_perfusion(path, unquote(path.stem))
+        """Load a pipeline as its diffusers class does, and the concepts that were saved or pushed with it."""
+        source = pretrained_model_name_or_path
+        pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        options = {name: kwargs[name] for name in names if name in kwargs}
+        for name, weight_name in saved_concepts(source, **options).items():
+            pipeline.load_perfusion(source, name, weight_name=weight_name, subfolder=FOLDER, **options)
         return pipeline
 
     def load_perfusion(
@@ -361,14 +361,15 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline as a stock diffusers pipeline, and its concepts beside the models.
 
-        The concepts go to `perfusion/<concept name>.safetensors`, from where `PerfusionPipeline.from_pretrained` of
-        the folder loads them again, all active and with their own settings, and any that were there before.
+        The concepts go into its folder `perfusion`, in place of those of an earlier save; other files there stay.
+        `PerfusionPipeline.from_pretrained` of the folder, or of the repository that it is pushed to, loads them again,
+        all active and with their own settings.
 
         Arguments are those of `DiffusionPipeline.save_pretrained`.
         """
-        if (registry := registry_of(edited_model(self))) is not None:
-            for name, entry in registry.loaded.items():
-                entry.concept.save(Path(save_directory) / CONCEPTS / f"{quote(name, safe='')}.safetensors")
+        registry = registry_of(edited_model(self))
+        loaded = registry.loaded if registry is not None else {}
+        save_concepts(save_directory, {name: entry.concept for name, entry in loaded.items()})
         with self._detached():
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
