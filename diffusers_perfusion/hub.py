@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 _MAX_HEADER_BYTES = 2**20
 _MAX_CARD_BYTES = 2**20
 _MAX_ANSWER_BYTES = 8 * 2**20
+# What the client asks for at least to read one.
+_HEADER_BYTES = 100_000
 
 _REFUSALS = {
     401: "the Hub does not know you; log in with `hf auth login` or pass token=",
@@ -77,7 +79,7 @@ def find_concept_file(
     path = find_local_file(source, weight_name, subfolder)
     if path is not None:
         return path
-    with _explained(source, weight_name, hub_options.get("revision")):
+    with _explained(source, _in_folder(weight_name, subfolder), hub_options.get("revision")):
         return download(os.fspath(source), weight_name, MAX_FILE_BYTES, subfolder=subfolder, **hub_options)
 
 
@@ -157,10 +159,13 @@ def read_header(
     if path is not None:
         return str(path), path.stat().st_size, ConceptHeader.read(path)
 
-    name = f"{subfolder}/{weight_name}" if subfolder else weight_name
+    name = _in_folder(weight_name, subfolder)
+    repo_id = os.fspath(source)
     hub = BoundedHub(token=token, max_bytes=_MAX_HEADER_BYTES)
     with _explained(source, name, revision):
-        return f"{os.fspath(source)}/{name}", *_read_remote_header(hub, os.fspath(source), name, revision)
+        url = hf_hub_url(repo_id, name, revision=revision)
+        size = _check_size(name, hub.ask(lambda api: api.get_hf_file_metadata(url=url)).size, MAX_FILE_BYTES)
+        return f"{repo_id}/{name}", size, _read_remote_header(hub, repo_id, name, revision)
 
 
 def card_entry(path: Path, samples: Sequence[tuple[str, str]] = ()) -> CardEntry:
@@ -206,8 +211,7 @@ def push_concept_file(
         OSError: if the Hub cannot be reached or refuses. The message says what is on the Hub then; the same call can
             be repeated.
     """
-    if PurePosixPath(weight_name).name != weight_name or not weight_name.endswith(".safetensors"):
-        raise ValueError(f"weight_name is {weight_name!r}; expected the name of a file that ends in .safetensors")
+    _check_weight_name(weight_name)
     images = {_sample_path(weight_name, number): _png(image) for number, (_, image) in enumerate(samples)}
     shown = [(prompt, image) for (prompt, _), image in zip(samples, images, strict=True)]
     entry = replace(card_entry(Path(path), shown), weight_name=weight_name)
@@ -219,12 +223,14 @@ def push_concept_file(
     uploads = {weight_name: Path(path).read_bytes()} | images
 
     repo_id = create_repository(repo_id, private=private, token=token)
-    hub = BoundedHub(token=token, max_bytes=MAX_FILE_BYTES, payload=sum(map(len, uploads.values())))
+    hub = BoundedHub(token=token, max_bytes=_MAX_ANSWER_BYTES)
     committing = False
     try:
-        if revision is not None and not revision.startswith("refs/"):
+        if revision is not None and not revision.startswith("refs/") and not create_pr:
             hub.ask(lambda api: api.create_branch(repo_id, branch=revision, exist_ok=True))
         repository = hub.ask(lambda api: _repository(api, repo_id, revision))
+        payload = sum(map(len, uploads.values())) + _HEADER_BYTES * len(_candidates(repository))
+        hub = BoundedHub(token=token, max_bytes=MAX_FILE_BYTES, payload=payload)
         uploads["README.md"] = _readme_after(hub, repository, entry, license, sweep)
         files = [file.rfilename for file in repository.siblings or []]
         stale = [path for path in files if path not in uploads and _is_sample(path, weight_name)]
@@ -273,6 +279,8 @@ def create_repository(repo_id: str, *, private: bool | None = None, token: str |
 
     try:
         repository = hub.ask(find_or_make)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not the id of a repository of models, such as me/my-cat") from error
     except (HTTPError, OSError) as error:
         raise OSError(
             f"the repository {repo_id} was neither found nor made, so nothing was pushed: {_reason(error)}"
@@ -314,10 +322,12 @@ def search_concepts(
         raise OSError(f"the search failed: {_reason(error)}") from error
 
 
-def _read_remote_header(hub: BoundedHub, repo_id: str, name: str, revision: str | None) -> tuple[int, ConceptHeader]:
-    """Return size and header of a concept file on the Hub."""
-    url = hf_hub_url(repo_id, name, revision=revision)
-    size = _check_size(name, hub.ask(lambda api: api.get_hf_file_metadata(url=url)).size, MAX_FILE_BYTES)
+def _read_remote_header(hub: BoundedHub, repo_id: str, name: str, revision: str | None) -> ConceptHeader:
+    """Return the header of a concept file on the Hub.
+
+    Raises:
+        ValueError: if it is not a valid concept file.
+    """
     try:
         found = hub.ask(lambda api: api.parse_safetensors_file_metadata(repo_id, name, revision=revision))
     except OddAnswerError as error:
@@ -325,9 +335,16 @@ def _read_remote_header(hub: BoundedHub, repo_id: str, name: str, revision: str 
         raise ValueError(f"{repo_id}/{name} is not a safetensors file") from error
     try:
         tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
-        return size, ConceptHeader.parse(found.metadata, tensors)
+        return ConceptHeader.parse(found.metadata, tensors)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{repo_id}/{name} is not a valid concept file: {one_line(error)}") from error
+
+
+def _check_weight_name(name: str) -> None:
+    """Raise ValueError unless everybody can have a file of this name."""
+    is_name = name.endswith(".safetensors") and name.isprintable() and PurePosixPath(name).name == name
+    if not is_name or name.startswith(".") or len(name.encode()) > 255:
+        raise ValueError(f"weight_name is {name!r:.300}; expected the name of a file that ends in .safetensors")
 
 
 def _check_size(name: str, size: int | None, max_bytes: int) -> int:
@@ -360,8 +377,10 @@ def _readme_after(
         readme = Path(folder, "README.md")
         if readme.name in files:
             _check_size(readme.name, files[readme.name].size, _MAX_CARD_BYTES)
-            cached = hub.ask(lambda api: api.hf_hub_download(repository.id, readme.name, revision=repository.sha))
-            readme.write_bytes(Path(cached).read_bytes().removeprefix(codecs.BOM_UTF8))
+            there = hub.ask(
+                lambda api: api.hf_hub_download(repository.id, readme.name, revision=repository.sha, cache_dir=folder)
+            )
+            readme.write_bytes(Path(there).read_bytes().removeprefix(codecs.BOM_UTF8))
         before = {held.weight_name: held for held in _entries(hub, repository, card_metadata(readme))}
         if entry.weight_name in files:
             held = before.get(entry.weight_name)
@@ -390,17 +409,28 @@ def _readme_after(
 
 def _entries(hub: BoundedHub, repository: ModelInfo, metadata: Mapping[str, Any]) -> Iterator[CardEntry]:
     """Yield the concepts at the top of a repository, with the images that the metadata of its card show of them."""
-    files = {file.rfilename: file for file in repository.siblings or []}
-    shown = list(gallery(metadata))
-    for name, file in files.items():
-        if "/" in name or not name.endswith(".safetensors"):
-            continue
+    files = {file.rfilename for file in repository.siblings or []}
+    shown = [(text, url) for text, url in gallery(metadata) if url in files]
+    for file in _candidates(repository):
+        name = file.rfilename
         try:
-            size, header = _read_remote_header(hub, repository.id, name, repository.sha)
+            header = _read_remote_header(hub, repository.id, name, repository.sha)
         except ValueError:
-            continue  # a file of another kind
-        samples = [(text, url) for text, url in shown if url in files and _is_sample(url, name)]
-        yield CardEntry(name, header, size, file.lfs.sha256 if file.lfs else None, samples)
+            continue
+        samples = [(text, url) for text, url in shown if _is_sample(url, name)]
+        yield CardEntry(name, header, file.size, file.lfs.sha256 if file.lfs else None, samples)
+
+
+def _candidates(repository: ModelInfo) -> list[Any]:
+    """Return the files at the top of a repository that may be concepts by their names and sizes."""
+    return [
+        file
+        for file in repository.siblings or []
+        if file.rfilename.endswith(".safetensors")
+        and "/" not in file.rfilename
+        and file.size is not None
+        and file.size <= MAX_FILE_BYTES
+    ]
 
 
 def _sample_path(weight_name: str, number: int | str) -> str:
@@ -461,8 +491,16 @@ def _explained(source: str | os.PathLike, weight_name: str, revision: str | None
         ) from error
 
 
+def _in_folder(name: str, subfolder: str | None) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
+
+
 def _reason(error: BaseException) -> str:
     """Return why a request failed, as a clause."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its conditions on the Hub"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
     response = getattr(error, "response", None)
     if response is not None and response.status_code in _REFUSALS:
         return f"{_REFUSALS[response.status_code]} ({response.status_code})"

@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(
             {
                 r"/api/repos/create": self.create,
-                r"/api/validate-yaml": lambda: {"errors": [], "warnings": []},
+                r"/api/validate-yaml": self.validate,
                 r"/api/models/(?P<id>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)": self.branch,
                 r"/api/models/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)": self.preupload,
                 r"/api/models/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)": self.commit,
@@ -217,6 +217,13 @@ class _Handler(BaseHTTPRequestHandler):
         private = request.get("private") or request.get("visibility") == "private"
         self.server.add(id, {".gitattributes": b""}, private=bool(private))
         return answer
+
+    def validate(self):
+        license = _front_matter({"README.md": json.loads(self.body)["content"].encode()}).get("license", "mit")
+        if license in ("mit", "cc-by-4.0"):
+            return {"errors": [], "warnings": []}
+        errors = [{"message": '"license" must be one of [mit, cc-by-4.0]'}]
+        return 400, json.dumps({"errors": errors, "warnings": []}).encode(), {"Content-Type": "application/json"}
 
     def branch(self, id, rev):
         repository = self._repository(id, write=True)

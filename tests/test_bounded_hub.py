@@ -7,6 +7,7 @@ import time
 
 import pytest
 from hub_server import HubServer, Refusal
+from huggingface_hub.utils import tqdm
 
 from diffusers_perfusion import bounded_hub
 from diffusers_perfusion.bounded_hub import BoundedHub, OddAnswerError, one_line
@@ -180,6 +181,16 @@ def test_another_way_to_a_file_is_not_taken(hub, other, tasks, monkeypatch):
     hub.fault = lambda handler: setattr(handler, "forged", elsewhere)
     assert tasks["load"]().read_bytes() == hub.repositories["me/my-cat"].files()[WEIGHT_NAME]
     assert not other.requests
+
+
+def test_a_download_shows_how_far_it_is(hub, tasks, monkeypatch):
+    """The client's own bar moves once in ten megabytes, which is more than most concepts have."""
+    pieces = []
+    monkeypatch.setattr(tqdm, "update", lambda self, size=1: pieces.append(size))
+    repository = hub.repositories["me/my-cat"]
+    repository.commit("main", repository.files() | {WEIGHT_NAME: bytes(2**20)})
+    tasks["load"]()
+    assert sum(pieces) == 2**20 and max(pieces) <= 2**16
 
 
 def test_a_connection_that_fails_is_reported_at_once(hub, tasks, monkeypatch):

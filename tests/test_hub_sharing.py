@@ -321,7 +321,19 @@ def test_a_branch_is_made(hub, concept, make_concept, pipeline):
     pipeline.load_perfusion("me/my-cat", revision="v2")
 
 
-@pytest.mark.parametrize("name", ["cat.bin", "../cat.safetensors", "cats/cat.safetensors", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cat.bin",
+        "../cat.safetensors",
+        "cats/cat.safetensors",
+        "",
+        ".safetensors",
+        "..safetensors",
+        "a\nb.safetensors",
+        f"{'é' * 122}.safetensors",
+    ],
+)
 def test_the_name_of_the_file_is_one(hub, concept, name):
     with pytest.raises(ValueError, match=r"weight_name is .*; expected the name of a file that ends in \.safetensors"):
         concept.push_to_hub("me/my-cat", weight_name=name, token=TOKEN)
@@ -347,6 +359,77 @@ def test_a_user_who_may_not_write_is_told_why(hub, concept, repo_id, token, matc
     with pytest.raises(OSError, match=match):
         concept.push_to_hub(repo_id, token=token)
     assert not hub.repositories
+
+
+# what a new user meets
+
+
+@pytest.mark.parametrize(
+    "repo_id", ["datasets/me/x", "https://huggingface.co/me/my-cat", "me/my-cat/", "me/my cat", ""]
+)
+def test_what_is_no_id_is_named(hub, concept, repo_id):
+    with pytest.raises(ValueError, match=rf"^'{repo_id}' is not the id of a repository of models, such as me/my-cat$"):
+        concept.push_to_hub(repo_id, token=TOKEN)
+    assert not hub.requests
+
+
+def test_a_licence_that_the_hub_does_not_know(hub, concept):
+    with pytest.raises(OSError, match=r'"license" must be one of \[mit, cc-by-4.0\]; .* holds nothing of this push'):
+        concept.push_to_hub("me/my-cat", license="free for all", token=TOKEN)
+
+
+def test_a_renamed_repository_is_found_by_its_old_name(hub, concept, pipeline):
+    hub.add("me/new", {"README.md": b"Mine."})
+    hub.moved["me/old"] = "me/new"
+    commit = concept.push_to_hub("me/old", token=TOKEN)
+    assert commit.commit_url.startswith(f"{hub.endpoint}/me/new/commit/")
+    assert set(hub.repositories) == {"me/new"}
+    assert "pipe.load_perfusion('me/new')" in card(hub, "me/new") and "Mine." in card(hub, "me/new")
+    pipeline.load_perfusion("me/old")
+    assert read_header("me/old")[2].superclass == "cat"
+
+
+def test_a_pull_request_needs_no_branch_of_one_s_own(hub, concept):
+    yours = hub.add("you/my-cat", {"README.md": b"Yours."})
+    yours.branches["next"] = yours.branches["main"]
+    concept.push_to_hub("you/my-cat", create_pr=True, revision="next", token=TOKEN)
+    assert b"Yours." in files(hub, "you/my-cat", "refs/pr/1")["README.md"]
+    with pytest.raises(OSError, match="the push to you/my-cat failed: it has no such revision; "):
+        concept.push_to_hub("you/my-cat", create_pr=True, revision="none", token=TOKEN)
+    assert set(yours.branches) == {"main", "next", "refs/pr/1"}
+
+
+def test_a_pull_request_to_a_repository_that_is_gated(hub, concept, content):
+    hub.add("you/my-cat", {"README.md": b"Yours.", "dog.safetensors": content}, gated=True)
+    with pytest.raises(OSError, match="the push to you/my-cat failed: it is gated; accept its conditions"):
+        concept.push_to_hub("you/my-cat", create_pr=True, token=TOKEN)
+
+
+@pytest.mark.parametrize("token", ["<🐻>", "<クマ>", "<x-*_|`>"])
+def test_a_token_of_any_letters(hub, make_concept, pipeline, token):
+    make_concept(token, base_model="me/tiny").push_to_hub("me/bear", weight_name="🐻.safetensors", token=TOKEN)
+    assert read_header("me/bear", "🐻.safetensors")[2].placeholder_token == token
+    (code,) = re.findall(r"```python\n(.*?)```", card(hub, "me/bear"), re.DOTALL)
+    assert f"weight_name={'🐻.safetensors'!a}" in code
+    pipeline.load_perfusion("me/bear", weight_name="🐻.safetensors")
+    assert pipeline.list_perfusion() == [token[1:-1]]
+
+
+def test_a_card_of_an_editor_of_windows(hub, concept):
+    hub.add("me/my-cat", {"README.md": "\ufeff---\r\nlicense: mit\r\n---\r\nMine.\r\n".encode()})
+    for _ in range(2):
+        concept.push_to_hub("me/my-cat", token=TOKEN)
+        text = card(hub)
+        assert "license: mit\r\nbase_model: me/tiny\r\n" in text and "Mine.\r\n" in text
+        assert text.count("\n") == text.count("\r\n") and text.count("---\r\n") == 2
+
+
+def test_a_push_needs_no_cache(hub, concept, tmp_path, monkeypatch):
+    hub.add("me/my-cat", {"README.md": b"Mine."})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
+    concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert "Mine." in card(hub)
 
 
 def hang_up(handler):
@@ -421,6 +504,7 @@ def test_a_base_model_that_is_not_on_the_hub_is_reported(hub, make_concept, capl
         ({}, {"gated": True}, ValueError, "me/my-cat is gated; accept its conditions"),
         ({"token": "hf_you"}, {"gated": True}, ValueError, "me/my-cat is gated; accept its conditions"),
         ({"weight_name": "../perfusion.safetensors"}, {}, ValueError, r"weight_name is '../perfusion.safetensors'"),
+        ({"subfolder": "../my-dog"}, {}, ValueError, r"weight_name is '../my-dog/perfusion.safetensors'"),
         ({"force_download": True}, {"private": True}, ValueError, "'me/my-cat' is neither a file or folder"),
     ],
 )
