@@ -73,7 +73,7 @@ class BoundedHub:
             except Exception as error:
                 outcome.put((None, error))
 
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, daemon=True, name="BoundedHub").start()
         try:
             answer, error = outcome.get(timeout=max(0, self._deadline - time.monotonic()))
         except queue.Empty:

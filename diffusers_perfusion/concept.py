@@ -27,6 +27,7 @@ from .concept_file import (
     WEIGHT_NAME,
     ConceptHeader,
     check_description,
+    check_same_token,
     check_shapes,
     open_concept_file,
     printable,
@@ -299,8 +300,13 @@ class PerfusionConcept(ModelHubMixin):
 
         Returns:
             The commit if the concept was pushed.
+
+        Raises:
+            ValueError: if the folder has the file of another token.
         """
-        path = self.save(Path(save_directory) / WEIGHT_NAME)
+        path = Path(save_directory) / WEIGHT_NAME
+        check_same_token(path, self.placeholder_token)
+        self.save(path)
         repo_id = repo_id or path.parent.resolve().name
         if not (readme := path.with_name("README.md")).exists():
             write_atomically(readme, str(self.generate_model_card(repo_id)).encode())

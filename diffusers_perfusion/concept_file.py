@@ -252,6 +252,18 @@ def find_local_file(
     return path
 
 
+def check_same_token(path: Path, placeholder_token: str) -> None:
+    """Raise ValueError if there is a file that a concept of this token must not replace: another's, or no concept's."""
+    if not os.path.exists(path):
+        return
+    try:
+        held = ConceptHeader.read(path).placeholder_token
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, or choose another folder or name") from error
+    if held != placeholder_token:
+        raise ValueError(f"{path} is the concept {held}; choose another folder or name for {placeholder_token}")
+
+
 @contextmanager
 def open_concept_file(path: str | os.PathLike) -> Iterator[bytes]:
     """Read a concept file into memory, where nobody changes it, and name its path in every error of the `with` body.

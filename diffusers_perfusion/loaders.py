@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention_processor import check_concept_fits
 from .concept import PerfusionConcept
-from .concept_file import WEIGHT_NAME, check_bias, check_temperature
+from .concept_file import WEIGHT_NAME, check_bias, check_same_token, check_temperature
 from .model_card import is_hub_id
 from .model_families import edited_model, family_of
 from .model_hooks import attach, check_processors, detach
@@ -306,9 +306,12 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
             weight_name: name of the file.
 
         Raises:
-            ValueError: if the concept is not loaded, or none is named and several are.
+            ValueError: if the concept is not loaded, or none is named and several are, or the file is there and is not
+                of its token.
         """
-        return self._one_concept("save", concept_name).save(Path(save_directory) / weight_name)
+        concept, path = self._one_concept("save", concept_name), Path(save_directory) / weight_name
+        check_same_token(path, concept.placeholder_token)
+        return concept.save(path)
 
     def push_perfusion_to_hub(
         self,

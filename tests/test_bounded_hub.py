@@ -57,6 +57,21 @@ def test_no_task_takes_longer_than_its_time(hub, tasks, task, slow, monkeypatch)
     assert "\n" not in str(caught.value)
 
 
+@TASKS
+@pytest.mark.parametrize("slow", ["body", "silent"])
+def test_what_is_left_behind_ends_too(hub, tasks, task, slow, monkeypatch):
+    monkeypatch.setattr(bounded_hub, "SECONDS", 0.1)
+    hub.fault = lambda handler: setattr(handler, "slow", slow)
+    with pytest.raises(OSError, match="the Hub took longer"):
+        tasks[task]()
+    asked = len(hub.requests)
+    for thread in threading.enumerate():
+        if thread.name == "BoundedHub":
+            thread.join(5)
+            assert not thread.is_alive()
+    assert len(hub.requests) == asked
+
+
 def test_a_file_has_time_by_its_size(monkeypatch):
     monkeypatch.setattr(bounded_hub, "SECONDS", 0)
     over = threading.Event()

@@ -20,6 +20,7 @@ from diffusers_perfusion.concept_file import (
     MAX_HEADER_BYTES,
     WEIGHT_NAME,
     ConceptHeader,
+    check_same_token,
     find_local_file,
 )
 
@@ -408,3 +409,15 @@ def test_reading_a_header_imports_no_torch(tmp_path):
     told = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
     assert "placeholder_token='<My-Cat>'" in told.stdout and "dtype='float16'" in told.stdout
     assert not told.stderr
+
+
+def test_only_a_concept_of_the_same_token_may_be_replaced(tmp_path):
+    path = tmp_path / "cat.safetensors"
+    check_same_token(path, "<my-cat>")
+    random_concept(placeholder_token="<my-cat>").save(path)
+    check_same_token(path, "<my-cat>")
+    with pytest.raises(ValueError, match=r"cat\.safetensors is the concept <my-cat>; choose another .* for <my-dog>"):
+        check_same_token(path, "<my-dog>")
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"cat\.safetensors .*; delete it, or choose another folder or name"):
+        check_same_token(path, "<my-cat>")

@@ -692,6 +692,17 @@ def test_a_file_that_is_not_a_concept_is_not_pulled(hub, tmp_path, capsys):
     assert not (tmp_path / "pulled").exists()
 
 
+def test_one_concept_is_not_pulled_over_another(hub, make_concept, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        make_concept(f"<{name}>", name).push_to_hub(f"me/{name}", token=TOKEN)
+    folder = ["--output_dir", str(tmp_path / "pulled")]
+    assert main(["pull", "me/cat", *folder]) == 0
+    assert main(["pull", "me/dog", *folder]) == 1
+    assert "is the concept <cat>; choose another folder or name for <dog>" in capsys.readouterr().err
+    assert (tmp_path / "pulled" / WEIGHT_NAME).read_bytes() == files(hub, "me/cat")[WEIGHT_NAME]
+    assert main(["pull", "me/cat", *folder]) == 0
+
+
 # training
 
 

@@ -697,6 +697,9 @@ def test_which_concept_to_save(pipeline, cat, dog, tmp_path):
     with pytest.raises(ValueError, match="no concept named 'cow'"):
         pipeline.save_perfusion(tmp_path, "cow")
     assert PerfusionConcept.load(pipeline.save_perfusion(tmp_path, "my-dog")).superclass == "dog"
+    with pytest.raises(ValueError, match="is the concept <my-dog>; choose another folder or name for <my-cat>"):
+        pipeline.save_perfusion(tmp_path, "my-cat")
+    pipeline.save_perfusion(tmp_path, "my-dog")
 
 
 # Pictures

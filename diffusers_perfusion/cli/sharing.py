@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..concept_file import WEIGHT_NAME, ConceptHeader, find_local_file, printable
+from ..concept_file import WEIGHT_NAME, ConceptHeader, check_same_token, find_local_file, printable
 from ..files import write_atomically
 from .common import describe
 
@@ -116,9 +116,10 @@ def pull(repo_id: str, output_dir: Path, **options: Any) -> None:
     from ..hub import find_concept_file
 
     path = find_concept_file(repo_id, **options)
-    PerfusionConcept.load(path)  # raises if it is not a valid concept
-    output_dir.mkdir(parents=True, exist_ok=True)
+    concept = PerfusionConcept.load(path)  # raises if it is not a valid concept
     copy = output_dir / path.name
+    check_same_token(copy, concept.placeholder_token)
+    output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(copy, path.read_bytes())
     print(describe(copy))
 
