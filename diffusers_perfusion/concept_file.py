@@ -253,7 +253,7 @@ def find_local_file(
 
 
 def check_same_token(path: Path, placeholder_token: str) -> None:
-    """Raise ValueError if there is a file that a concept of this token must not replace: another's, or no concept's."""
+    """Raise ValueError if a file is there that a concept of this token must not replace: another's, or of none."""
     if not os.path.exists(path):
         return
     try:
