@@ -96,7 +96,10 @@ class BoundedHub:
         return min(self._time_left(), constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     def check_answer(self, method: str, headers: Any) -> None:
-        """Raise OSError if an answer cannot be taken, and drop headers that need not be."""
+        """Raise OSError if an answer cannot be taken, and drop a header that leads elsewhere."""
+        for name, value in headers.items():
+            if not value.isprintable():  # the client logs some of them
+                raise OSError(f"the Hub's header {name} is {value!r:.80}, with characters that control a terminal")
         if method == "HEAD":
             # The client makes file names of these.
             for name in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
@@ -106,8 +109,6 @@ class BoundedHub:
             raise self._too_large()
         # Another way to the file, through a library that nothing here can bound. A concept file does not need it.
         headers.pop("X-Xet-Hash", None)
-        if "X-HF-Warning" in headers:  # which the client logs
-            headers["X-HF-Warning"] = one_line(headers["X-HF-Warning"])
 
     def read(self, chunks: Callable[[], Iterator[bytes]], *_: Any, **__: Any) -> Iterator[bytes]:
         """Yield the body of an answer as it arrives, in whatever pieces the client would like it."""

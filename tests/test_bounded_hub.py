@@ -329,11 +329,20 @@ def test_one_line():
 @pytest.mark.parametrize("status", [400, 403, 404, 418, 500])
 def test_nothing_that_a_hub_says_controls_the_terminal(hub, tasks, task, status, caplog):
     def say(handler):
-        handler.forged = {"X-Error-Message": "\x1b]0;evil", "X-HF-Warning": f"{task}{status};\x1b]0;evil"}
-        raise Refusal(status, "\x1b]0;evil", CONTROLS)
+        raise Refusal(status, "", CONTROLS)
 
     hub.fault = say
     with pytest.raises((OSError, ValueError)) as caught:
+        tasks[task]()
+    assert str(caught.value).isprintable()
+    assert "\x1b" not in caplog.text
+
+
+@TASKS
+@pytest.mark.parametrize("name", ["X-Error-Message", "X-HF-Warning", "X-Request-Id", "Link", "Location", "ETag"])
+def test_no_header_controls_the_terminal(hub, tasks, task, name, caplog):
+    hub.fault = lambda handler: setattr(handler, "forged", {name: f"{task};\x1b]0;evil"})
+    with pytest.raises(OSError, match=f"the Hub's header (?i:{name}) is '{task};.*, with characters that") as caught:
         tasks[task]()
     assert str(caught.value).isprintable()
     assert "\x1b" not in caplog.text
