@@ -380,6 +380,7 @@ def _readme_after(
             there = hub.ask(
                 lambda api: api.hf_hub_download(repository.id, readme.name, revision=repository.sha, cache_dir=folder)
             )
+            # Before huggingface_hub 1 the metadata behind such a mark are not seen.
             readme.write_bytes(Path(there).read_bytes().removeprefix(codecs.BOM_UTF8))
         before = {held.weight_name: held for held in _entries(hub, repository, card_metadata(readme))}
         if entry.weight_name in files:
