@@ -424,6 +424,13 @@ def test_a_card_of_an_editor_of_windows(hub, concept):
         assert text.count("\n") == text.count("\r\n") and text.count("---\r\n") == 2
 
 
+def test_a_push_beside_large_files_does_not_read_them(hub, concept, monkeypatch):
+    monkeypatch.setattr("diffusers_perfusion.hub.MAX_FILE_BYTES", 2**18)
+    hub.add("me/my-cat", {"model.safetensors": bytes(2**18 + 1), "unet/model.safetensors": b""})
+    concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert not [path for _, path, *_ in hub.requests if "model.safetensors" in path]
+
+
 def test_a_push_needs_no_cache(hub, concept, tmp_path, monkeypatch):
     hub.add("me/my-cat", {"README.md": b"Mine."})
     (tmp_path / "file").write_text("")
@@ -651,6 +658,9 @@ def test_search_is_by_base_model(hub, make_concept):
     assert [found.id for found in search_concepts("me/tiny")] == ["me/my-cat"]
     assert [found.id for found in search_concepts("me/tiny", token=TOKEN)] == ["me/my-cat", "me/my-secret"]
     assert len(search_concepts(limit=1)) == 1
+    for limit_ in (0, -5):
+        with pytest.raises(ValueError, match=f"limit is {limit_}; expected at least 1"):
+            search_concepts(limit=limit_)
     hub.fault = limit
     with pytest.raises(OSError, match=r"the search failed: .* \(429\)"):
         search_concepts()
