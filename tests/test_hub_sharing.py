@@ -16,6 +16,7 @@ from huggingface_hub import ModelHubMixin
 from PIL import Image, PngImagePlugin
 
 from diffusers_perfusion import PerfusionConcept, PerfusionPipeline
+from diffusers_perfusion.bounded_hub import BoundedHub
 from diffusers_perfusion.cli import main
 from diffusers_perfusion.concept_file import MAX_FILE_BYTES, WEIGHT_NAME
 from diffusers_perfusion.hub import find_concept_file, push_concept_file, read_header, search_concepts
@@ -429,6 +430,22 @@ def test_a_push_beside_large_files_does_not_read_them(hub, concept, monkeypatch)
     hub.add("me/my-cat", {"model.safetensors": bytes(2**18 + 1), "unet/model.safetensors": b""})
     concept.push_to_hub("me/my-cat", token=TOKEN)
     assert not [path for _, path, *_ in hub.requests if "model.safetensors" in path]
+
+
+def test_a_push_has_time_for_each_concept_beside_it(hub, concept, content, monkeypatch):
+    """It reads the headers of all, for the card."""
+    payloads = []
+
+    class Noted(BoundedHub):
+        def __init__(self, *, payload=0, **options):
+            payloads.append(payload)
+            super().__init__(payload=payload, **options)
+
+    monkeypatch.setattr("diffusers_perfusion.hub.BoundedHub", Noted)
+    hub.add("me/pets", {f"{number}.safetensors": content for number in range(3)})
+    concept.push_to_hub("me/pets", token=TOKEN)
+    assert "# 4 concepts" in card(hub, "me/pets")
+    assert 3 * 10**5 < max(payloads) < 4 * 10**5
 
 
 def test_a_push_needs_no_cache(hub, concept, tmp_path, monkeypatch):
