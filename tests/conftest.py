@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -662,6 +664,22 @@ def stop(monkeypatch):
         monkeypatch.setattr(PerfusionTrainer, "step", stopping)
 
     return stop_at
+
+
+@pytest.fixture
+def full_disk(capsys):
+    """A context in which files cannot grow beyond a size; what is printed is in memory, which has no such bound."""
+
+    @contextmanager
+    def limit(size=0):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`sweep`: scores of a concept at several checkpoints, biases and temperatures, and the best of them."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..concept import PerfusionConcept
 from ..concept_file import HEADER_KEY, ConceptHeader, check_bias, check_temperature
-from ..files import slug, write_atomically
+from ..files import slug, to_png, write_atomically
 from ..loaders import add_perfusion
 from ..model_families import edited_model
 from ..registry import Locking
@@ -327,7 +326,7 @@ def sweep(
         models = {"clip_model": _name(metrics.clip.model), "identity_model": _name(metrics.identity.model)}
         result = Sweep(settings | models, rows, images)
         write_atomically(folder / "pareto_front.png", plot_pareto_front(*_plot_data(result)))
-        write_atomically(folder / "contact_sheet.png", _png(_contact_sheet(folder, groups, result.best)))
+        write_atomically(folder / "contact_sheet.png", to_png(_contact_sheet(folder, groups, result.best)))
         result.save(folder / SWEEP_NAME)
     accelerator.wait_for_everyone()
     return Sweep.read(folder / SWEEP_NAME)
@@ -378,7 +377,7 @@ def _generate(pipeline: Any, folder: Path, batch: Sequence[_Task], **options: An
     for task, image in zip(batch, images, strict=True):
         path = folder / task.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _png(image))
+        write_atomically(path, to_png(image))
 
 
 def _score(
@@ -472,12 +471,6 @@ def _check_name(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 80 or not value.isprintable() or Path(value).name != value:
         raise ValueError(f"a checkpoint is {value!r:.80}; expected the name of a folder")
     return value
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _read_json(path: Path) -> Any:
