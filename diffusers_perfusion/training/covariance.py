@@ -12,6 +12,7 @@ import itertools
 import os
 import pickle
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
+from ..files import delete_temporaries, write_atomically
 from ..model_families import ModelFamily
 from .captions import generate_captions
 
@@ -42,9 +43,13 @@ def read_captions(path: str | os.PathLike) -> list[str]:
     """Return the lines of a captions file that are not empty.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or the file is no UTF-8 text.
     """
-    captions = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text; expected captions, one per line, saved as UTF-8") from error
+    captions = [line.strip() for line in text.splitlines() if line.strip()]
     if not captions:
         raise ValueError(f"{path} has no captions; expected one per line")
     return captions
@@ -137,7 +142,8 @@ def load_covariance(path: str | os.PathLike) -> Tensor:
 def cached_covariance(family: ModelFamily, captions: str | os.PathLike | None = None) -> Tensor:
     """Return `C` over captions, `(d, d)` in float32, from the Hugging Face cache if it was computed before.
 
-    The key is a hash of the text encoders' weights, of the tokenizers and of the captions.
+    The key is a hash of the text encoders' weights, of the tokenizers and of the captions. Where the cache cannot be
+    written, `C` is computed and not kept, with a line.
 
     Args:
         family: of the base model.
@@ -148,17 +154,26 @@ def cached_covariance(family: ModelFamily, captions: str | os.PathLike | None = 
     path = Path(HF_HOME) / "perfusion" / f"covariance-{key}.safetensors"
     if (covariance := _read_cache(path)) is not None:  # first, because the cache may be read-only
         return covariance
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # one process computes it, and the others wait
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # One process computes it, and the others wait.
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
+        except (OSError, NotImplementedError):
+            pass  # the cache cannot be written, or its file system has no locks
         if (covariance := _read_cache(path)) is None:
             covariance = second_moment(family, lines).float().cpu()
-            write_atomically(path, serialize({"covariance": covariance}))
+            try:
+                delete_temporaries(path.parent, path.name)
+                write_atomically(path, serialize({"covariance": covariance}))
+            except OSError as error:
+                logger.warning(f"The covariance is not kept for the next training ({error}).")
         return covariance
 
 
 def _read_cache(path: Path) -> Tensor | None:
     """Return the matrix in a cache file; None if there is no such file, or a damaged one."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for a folder that must not be read
         return None
     try:
         return load_covariance(path)

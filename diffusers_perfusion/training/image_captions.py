@@ -99,4 +99,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text; expected the caption of an image") from error
+        raise ValueError(f"{path} is not UTF-8 text; expected the caption of an image, saved as UTF-8") from error

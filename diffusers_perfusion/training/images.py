@@ -44,7 +44,7 @@ def read_images(
 ) -> list[TrainingImage]:
     """Read the images in a folder and their captions, in the order of names; log and skip files that are neither.
 
-    EXIF rotation is applied, every mode becomes RGB, and a square of the shorter side is cropped and scaled.
+    A square of the shorter side is cropped and scaled.
 
     Args:
         folder: folder of the images; subfolders are not read.
@@ -62,13 +62,13 @@ def read_images(
         raise ValueError(f"{folder} is not a folder; expected one with images of the subject")
     images = []
     place = random.Random(seed)
-    for path in without_captions(sorted(path for path in folder.iterdir() if path.is_file())):
+    # Links that lead nowhere are files too, or they would be left out without a line.
+    files = [path for path in folder.iterdir() if path.is_file() or not path.exists()]
+    for path in without_captions(sorted(files)):
         try:
-            with Image.open(path) as file:
-                image = to_eight_bits(ImageOps.exif_transpose(file))
-                image.load()
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-            logger.warning(f"{path} is skipped: it cannot be read as an image ({error}).")
+            image = read_image(path)
+        except ValueError as error:
+            logger.warning(f"{error}; it is skipped.")
             continue
         side = min(image.size)
         if side < min_side:
@@ -79,16 +79,16 @@ def read_images(
         )
         box = (left, top, left + side / image.width, top + side / image.height)
         size = (resolution, resolution)
-        rgba = image.convert("RGBA") if image.has_transparency_data else None
-        alpha = _crop(rgba.getchannel("A"), box, size) if rgba else None
-        if rgba:
+        alpha = None
+        if image.mode == "RGBA":
+            alpha = _crop(image.getchannel("A"), box, size)
             # The colours of transparent pixels are arbitrary; grey is the least far from any colour.
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba)
-        if alpha is not None and alpha.getextrema()[0] == alpha.getextrema()[1]:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
+        if alpha is not None and is_constant(alpha):
             alpha = None
         images.append(TrainingImage(path, _crop(image.convert("RGB"), box, size), alpha, None, box))
     if not images:
-        raise ValueError(f"{folder} has no image; expected about five of the subject")
+        raise ValueError(f"{folder} has no image; expected about five of the subject in it, not in folders in it")
     captions = read_image_captions([entry.path for entry in images])
     for entry, caption in zip(images, captions, strict=True):
         entry.caption = caption
@@ -102,11 +102,46 @@ def _crop(image: Image.Image, box: tuple[float, float, float, float], size: tupl
     return image.resize(size, Image.Resampling.LANCZOS, box=pixels)
 
 
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image with 8 bits per channel; of 16 bits the upper ones, where Pillow's `convert` would clip."""
-    if not image.mode.startswith("I"):
+def read_image(path: Path) -> Image.Image:
+    """Return the image in a file, upright: RGBA if it is transparent anywhere, else RGB.
+
+    Of a file with several, it is the first. If only its Exif data are broken, it is not rotated, with a line.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            try:
+                image = ImageOps.exif_transpose(file)
+            except Exception as error:
+                logger.warning(f"{path} is not rotated, because its Exif data cannot be read ({error}).")
+                image = file
+            image = _to_eight_bits(image)
+            return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no image that Pillow can read; convert it to PNG or JPEG") from error
+    except Exception as error:  # each decoder has errors of its own for a broken file
+        raise ValueError(f"{path} cannot be read as an image ({str(error) or type(error).__name__})") from error
+
+
+def is_constant(channel: Image.Image) -> bool:
+    """Return whether all pixels of an image with one channel are equal."""
+    low, high = channel.getextrema()
+    return low == high
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image with 8 bits per channel, where Pillow's `convert` would clip integers and floats to 255.
+
+    White is the smallest of 1, 255 and 65535 that no pixel exceeds.
+    """
+    if image.mode[0] not in "IF":
         return image
-    return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, 65535)
+    white = next(white for white in (1, 255, 65535) if pixels.max() <= white)
+    return Image.fromarray((pixels / white * 255).round().astype(np.uint8))
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

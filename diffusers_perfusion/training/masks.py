@@ -1,5 +1,6 @@
 """Soft masks of the subject in training images, from one of several sources."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
-from PIL import Image, ImageOps
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..model_families import family_of
-from .images import TrainingImage, to_eight_bits, to_tensor
+from .images import TrainingImage, is_constant, read_image, to_tensor
 from .noise_schedule import noise_schedule
 from .superclass import superclass_positions
 
@@ -55,8 +57,23 @@ def subject_masks(
     Raises:
         ValueError: if the source has no mask for an image.
     """
+    masks, kind = masks_without_base_model(source, images, folder, superclass)
+    if kind == "attention":
+        latents = family_of(pipeline).encode_latents(pipeline.vae, to_tensor([image.image for image in images]))
+        masks = attention_masks(pipeline, noise_schedule(pipeline.scheduler), latents, superclass, seed)
+    return masks, kind
+
+
+def masks_without_base_model(
+    source: str, images: Sequence[TrainingImage], folder: str | os.PathLike, superclass: str
+) -> tuple[Tensor | None, str]:
+    """Return what `subject_masks` returns, but for `attention` no masks: they take long.
+
+    Raises:
+        ValueError: as `subject_masks`.
+    """
     masks: Tensor | None = None
-    if source == "none":
+    if source in ("none", "attention"):
         return None, source
     if source in ("alpha", "auto") and (masks := alpha_masks(images)) is not None:
         return masks, "alpha"
@@ -68,11 +85,8 @@ def subject_masks(
     if source == "auto":
         try:
             return clipseg_masks(images, superclass, local_files_only=True), "clipseg"
-        except OSError:
-            source = "attention"
-    if source == "attention":
-        latents = family_of(pipeline).encode_latents(pipeline.vae, to_tensor([image.image for image in images]))
-        return attention_masks(pipeline, noise_schedule(pipeline.scheduler), latents, superclass, seed), source
+        except (OSError, SafetensorError):  # not in the cache, or damaged there
+            return None, "attention"
     if source == "clipseg":
         return clipseg_masks(images, superclass), source
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -87,22 +101,40 @@ def alpha_masks(images: Sequence[TrainingImage]) -> Tensor | None:
 
 
 def folder_masks(images: Sequence[TrainingImage], folder: str | os.PathLike) -> Tensor:
-    """Read masks from a folder of greyscale files named like the images, `(N, 1, H, W)` in [0, 1].
+    """Read masks from a folder of greyscale files or cut-outs named like the images, `(N, 1, H, W)` in [0, 1].
 
     Raises:
-        ValueError: if an image has no mask, or an empty one.
+        ValueError: if an image has no mask, or one that is empty or turned by a quarter.
     """
+    files = sorted(Path(folder).iterdir())
+    names = {image.path.name for image in images}
     masks = []
     for image in images:
-        found = sorted(path for path in Path(folder).glob("*") if path.stem == image.path.stem)
-        if not found:
-            raise ValueError(f"{folder} has no mask for {image.path.name}; expected one of the same name")
-        with Image.open(found[0]) as file:
-            mask = image.crop_like(to_eight_bits(ImageOps.exif_transpose(file)).convert("L"))
+        # Of another suffix, if it has not the name of another image.
+        stem = [path for path in files if path.stem == image.path.stem and path.name not in names]
+        path, mask = _read_mask(image, [path for path in files if path.name == image.path.name] + stem, folder)
+        left, top, right, bottom = image.box
+        ratio = (bottom - top) / (right - left)
+        if math.isclose(mask.height / mask.width, ratio, rel_tol=0.02) and not 0.95 < ratio < 1.05:
+            raise ValueError(
+                f"{path} is turned by a quarter from {image.path.name}; expected it upright like the image"
+            )
+        alpha = mask.getchannel("A") if mask.mode == "RGBA" else None
+        mask = image.crop_like(mask.convert("L") if alpha is None or is_constant(alpha) else alpha)
         if mask.getextrema()[1] == 0:
-            raise ValueError(f"{found[0]} is black where {image.path.name} was cropped; expected the subject in white")
+            raise ValueError(f"{path} is black where {image.path.name} was cropped; expected the subject in white")
         masks.append(mask)
     return to_tensor(masks)
+
+
+def _read_mask(image: TrainingImage, paths: Sequence[Path], folder: str | os.PathLike) -> tuple[Path, Image.Image]:
+    """Return the first of some files that is an image, or raise ValueError if none is."""
+    for path in paths:
+        try:
+            return path, read_image(path)
+        except ValueError as error:
+            logger.warning(f"{error}; it is skipped.")
+    raise ValueError(f"{folder} has no mask for {image.path.name}; expected an image of the same name")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-import os
+import errno
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffusers_perfusion.files import temporary_beside
 from diffusers_perfusion.model_families.stable_diffusion import StableDiffusion
 from diffusers_perfusion.training import covariance as module
 from diffusers_perfusion.training.covariance import (
@@ -85,8 +86,18 @@ def test_no_captions(text, tmp_path):
 
 
 def test_captions_are_the_lines_that_are_not_empty(tmp_path):
-    (tmp_path / "captions.txt").write_text("  a café \n\n\ta cat\r\n", encoding="utf-8")
-    assert read_captions(tmp_path / "captions.txt") == ["a café", "a cat"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "captions.txt").write_text("a café \n\n\ta cat\r\n", encoding=encoding)
+        assert read_captions(tmp_path / "captions.txt") == ["a café", "a cat"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_captions_in_another_encoding_are_named(tmp_path, encoding):
+    (tmp_path / "captions.txt").write_text("a café", encoding=encoding)
+    with pytest.raises(
+        ValueError, match=r"captions\.txt is not UTF-8 text; expected captions, one per line, saved as"
+    ):
+        read_captions(tmp_path / "captions.txt")
 
 
 def test_a_broken_text_encoder_is_an_error(text):
@@ -142,14 +153,43 @@ def test_a_damaged_cache_file_is_recomputed(text, captions_file, hugging_face_ho
     assert torch.equal(load_covariance(path), first)
 
 
-def test_a_crash_leaves_nothing_but_the_lock_in_the_cache(text, captions_file, hugging_face_home, monkeypatch):
-    def crash(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="disk full"):
-        cached_covariance(text, captions_file)
+def test_a_cache_that_cannot_be_written_is_none_and_told(
+    text, captions_file, hugging_face_home, monkeypatch, caplog, full_disk
+):
+    (hugging_face_home.parent / "file").touch()
+    monkeypatch.setattr(module, "HF_HOME", str(hugging_face_home.parent / "file"))
+    nowhere = cached_covariance(text, captions_file)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("The covariance is not kept for the next training (") and "/file/perfusion/" in line
+    monkeypatch.setattr(module, "HF_HOME", str(hugging_face_home))
+    with full_disk():
+        full = cached_covariance(text, captions_file)
+    assert caplog.text.count("The covariance is not kept for the next training (") == 2
     assert [path for path in hugging_face_home.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+    assert torch.equal(cached_covariance(text, captions_file), full)
+    assert torch.equal(nowhere, full)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_a_cache_without_locks_is_used(text, captions_file, hugging_face_home, monkeypatch, error):
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(module, "FileLock", refuse)
+    first = cached_covariance(text, captions_file)
+    monkeypatch.setattr(module, "second_moment", None)
+    assert torch.equal(cached_covariance(text, captions_file), first)
+
+
+def test_what_a_killed_process_left_in_the_cache_is_deleted(text, captions_file, hugging_face_home):
+    cached_covariance(text, captions_file)
+    (path,) = hugging_face_home.rglob("*.safetensors")
+    temporary_beside(path).touch()
+    other = temporary_beside(path.with_name("covariance-of-another.safetensors"))  # which may be being written
+    other.touch()
+    path.unlink()
+    cached_covariance(text, captions_file)
+    assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".lock"), other])
 
 
 def test_a_read_only_cache_is_read(text, captions_file, monkeypatch):

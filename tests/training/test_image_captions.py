@@ -46,6 +46,11 @@ def test_metadata_has_captions_by_file_name(paths, tmp_path, caplog):
     assert "gone.png" in caplog.text
 
 
+def test_metadata_may_come_from_other_systems(paths, tmp_path):
+    (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "1.png", "text": "a dog"}\r\n\r\n')
+    assert read_image_captions(paths) == ["a dog", None, None]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -64,10 +69,11 @@ def test_a_broken_line_is_named(paths, tmp_path, line):
         read_image_captions(paths)
 
 
+@pytest.mark.parametrize("data", ["un café".encode("latin-1"), "a dog".encode("utf-16")])
 @pytest.mark.parametrize("name", ["1.txt", "metadata.jsonl"])
-def test_a_file_that_is_no_text_is_named(paths, tmp_path, name):
-    (tmp_path / name).write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text; expected the caption of an image"):
+def test_a_file_that_is_no_text_is_named(paths, tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text; expected the caption of an image, saved as"):
         read_image_captions(paths)
 
 

@@ -1,6 +1,9 @@
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from diffusers_perfusion.training.images import read_images, to_tensor
 
@@ -32,6 +35,49 @@ def test_exif_rotation_is_applied(tmp_path):
     assert np.array_equal(pixels(image), upright)
 
 
+def broken_exif(path):
+    """Write an image with Exif data that are not TIFF."""
+    Image.fromarray(gradient()).save(path, exif=b"Exif\0\0broken!!")
+
+
+def test_an_image_with_broken_exif_data_is_used_as_it_is_with_a_line(tmp_path, caplog):
+    broken_exif(tmp_path / "1.png")
+    (image,) = read_images(tmp_path, 16)
+    assert np.array_equal(pixels(image), gradient())
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path}/1.png is not rotated, because its Exif data cannot be read (")
+
+
+@pytest.mark.parametrize("error", [SyntaxError("x"), IndexError("x"), struct.error("x"), MemoryError(), OSError("x")])
+@pytest.mark.parametrize("late", [False, True])
+def test_whatever_a_decoder_raises_the_image_is_named_and_skipped(images_folder, monkeypatch, caplog, error, late):
+    class Broken(ImageFile):
+        format = "BROKEN"
+
+        def _open(self):
+            self._mode, self._size = "RGB", (16, 16)
+            if not late:
+                raise error
+
+        def load(self):
+            raise error
+
+    Image.init()
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "BROKEN"])
+    monkeypatch.setitem(Image.OPEN, "BROKEN", (Broken, lambda data: data.startswith(b"broken")))
+    (images_folder / "2.png").write_bytes(b"broken")
+    assert [image.path.name for image in read_images(images_folder, 16)] == ["1.png", "3.png"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{images_folder}/2.png ") and line.endswith("; it is skipped.")
+    assert "()" not in line
+
+
+def test_a_kind_of_file_that_is_unknown_can_be_converted(images_folder, caplog):
+    (images_folder / "4.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    read_images(images_folder, 16)
+    assert f"{images_folder}/4.heic is no image that Pillow can read; convert it to PNG or JPEG; it is" in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "I;16", "LA", "RGBA", "RGB"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     grey = (np.indices((16, 16)).sum(0) // 8 % 2 * 255).astype(np.uint8)  # black and white patches
@@ -53,6 +99,24 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "2.png", transparency=5)
     for image in read_images(tmp_path, 16):
         assert np.array_equal(pixels(image), np.full((16, 16, 3), 128))
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint16])
+def test_white_of_floats_and_long_integers_is_the_smallest_that_holds_them(tmp_path, white, kind):
+    grey = np.linspace(0, 255, 256).reshape(16, 16)
+    Image.fromarray((grey / 255 * white).astype(kind)).save(tmp_path / "1.tif")
+    (image,) = read_images(tmp_path, 16)
+    expected = (grey / 255 * white).astype(kind).astype(float) / white * 255
+    assert np.abs(pixels(image)[..., 0] - expected).max() <= 0.5
+
+
+def test_floats_that_are_no_numbers_are_black(tmp_path):
+    grey = np.full((16, 16), 0.5, np.float32)
+    grey[0, 0], grey[0, 1], grey[0, 2] = np.nan, -np.inf, -3
+    Image.fromarray(grey).save(tmp_path / "1.tif")
+    (image,) = read_images(tmp_path, 16)
+    assert pixels(image)[0, :4, 0].tolist() == [0, 0, 0, 128]
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB"])
@@ -82,6 +146,23 @@ def test_a_constant_alpha_channel_counts_as_none(tmp_path, alpha):
     assert read_images(tmp_path, 16)[0].alpha is None
 
 
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_of_several_images_in_a_file_the_first_is_taken(tmp_path, kind):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"1.{kind}", save_all=True, append_images=frames[1:], lossless=True)
+    (image,) = read_images(tmp_path, 16)
+    assert set(map(tuple, pixels(image).reshape(-1, 3))) == {(255, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    "name", ["my bear.png", "\N{BEAR FACE}.png", "a'b\"c.png", "1.2.3.png", "new\nline.png", "UP.PNG"]
+)
+def test_images_may_have_any_name(tmp_path, name):
+    Image.fromarray(gradient()).save(tmp_path / name)
+    (image,) = read_images(tmp_path, 16)
+    assert image.path.name == name
+
+
 def test_files_that_are_no_images_are_skipped_with_a_line(tmp_path, caplog):
     Image.fromarray(gradient()).save(tmp_path / "2.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
@@ -90,9 +171,12 @@ def test_files_that_are_no_images_are_skipped_with_a_line(tmp_path, caplog):
     (tmp_path / "1.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "captions.txt").write_text("a cat")
     (tmp_path / ".DS_Store").write_bytes(b"\0\1")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     assert [image.path.name for image in read_images(tmp_path, 16)] == ["2.png"]
     lines = [record.getMessage() for record in caplog.records]
-    for name in ("1.png", "captions.txt", ".DS_Store"):
+    for name in ("1.png", "captions.txt", ".DS_Store", "empty.jpg", "nowhere.jpg", "loop.jpg"):
         assert len([line for line in lines if str(tmp_path / name) in line and "skipped" in line]) == 1
     assert not any("2.png" in line for line in lines)
 
@@ -100,6 +184,7 @@ def test_files_that_are_no_images_are_skipped_with_a_line(tmp_path, caplog):
 def test_subfolders_are_not_read(images_folder):
     (images_folder / "masks").mkdir()
     Image.new("L", (16, 16)).save(images_folder / "masks" / "1.png")
+    (images_folder / "4.jpg").mkdir()
     assert len(read_images(images_folder, 16)) == 3
 
 
@@ -107,7 +192,7 @@ def test_bad_folders_and_images_are_refused(tmp_path, images_folder):
     with pytest.raises(ValueError, match=r"nowhere is not a folder"):
         read_images(tmp_path / "nowhere", 16)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty has no image"):
+    with pytest.raises(ValueError, match=r"empty has no image; expected .* not in folders in it"):
         read_images(tmp_path / "empty", 16)
     Image.new("RGB", (30, 3)).save(images_folder / "small.png")
     with pytest.raises(ValueError, match=r"small\.png is 30×3 pixels; expected at least 4"):

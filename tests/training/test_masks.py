@@ -148,6 +148,89 @@ def test_a_mask_may_be_of_another_file_type(masks_of, images_folder, tmp_path):
     assert torch.equal(masks_of(str(tmp_path / "by-hand"))[0], expected)
 
 
+def test_a_mask_of_the_image_s_own_name_comes_first(masks_of, images_folder, tmp_path, caplog):
+    folder = tmp_path / "by-hand"
+    write_masks(images_folder, folder)
+    expected = masks_of(str(folder))[0]
+    Image.new("L", (16, 16), 255).save(folder / "1.jpg")
+    (folder / "1.gif").write_text("a foreign file")
+    (folder / "2.json").write_text("{}")
+    (folder / "3").mkdir()
+    (folder / "Thumbs.db").touch()
+    assert torch.equal(masks_of(str(folder))[0], expected)
+    assert not caplog.records
+
+
+def test_a_mask_of_another_image_s_name_is_that_image_s(masks_of, images_folder, tmp_path):
+    folder = tmp_path / "by-hand"
+    write_masks(images_folder, folder)
+    Image.new("RGB", (16, 16)).save(images_folder / "1.jpg")
+    with pytest.raises(ValueError, match=r"by-hand has no mask for 1\.jpg"):
+        masks_of(str(folder))
+
+
+def test_files_that_are_no_masks_are_skipped_with_a_line(masks_of, images_folder, tmp_path, caplog):
+    folder = tmp_path / "by-hand"
+    write_masks(images_folder, folder)
+    expected = masks_of(str(folder))[0]
+    (folder / "1.png").rename(folder / "1.tiff")
+    (folder / "1.json").write_text("{}")
+    (folder / "1").mkdir()
+    assert torch.equal(masks_of(str(folder))[0], expected)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" ")[0] for line in lines] == [f"{folder}/1", f"{folder}/1.json"]
+    (folder / "1.tiff").write_text("")
+    with pytest.raises(ValueError, match=r"by-hand has no mask for 1\.png; expected an image of the same name"):
+        masks_of(str(folder))
+
+
+def test_a_mask_may_be_a_cut_out(masks_of, images_folder, tmp_path):
+    folder = tmp_path / "by-hand"
+    write_masks(images_folder, folder)
+    expected = masks_of(str(folder))[0]
+    for path in folder.iterdir():
+        with Image.open(path) as mask:
+            cut_out = Image.new("RGBA", mask.size, (30, 20, 10, 255))
+            cut_out.putalpha(mask.convert("L"))
+        cut_out.save(path)
+    assert torch.equal(masks_of(str(folder))[0], expected)
+
+
+def test_an_opaque_mask_with_an_alpha_channel_is_greyscale(masks_of, images_folder, tmp_path):
+    folder = tmp_path / "by-hand"
+    write_masks(images_folder, folder)
+    expected = masks_of(str(folder))[0]
+    for path in folder.iterdir():
+        with Image.open(path) as mask:
+            mask.convert("RGBA").save(path)
+    assert torch.equal(masks_of(str(folder))[0], expected)
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_a_mask_of_long_integers_is_not_black(masks_of, images_folder, tmp_path, white):
+    folder = tmp_path / "by-hand"
+    write_masks(images_folder, folder)
+    expected = masks_of(str(folder))[0]
+    for path in folder.iterdir():
+        with Image.open(path) as mask:
+            values = (np.asarray(mask) // 255).astype(np.uint16) * white
+        Image.fromarray(values).save(path)
+    assert torch.equal(masks_of(str(folder))[0], expected)
+
+
+def test_a_mask_that_is_turned_by_a_quarter_is_refused(masks_of, images_folder, tmp_path):
+    """As of a tool that ignores Exif data."""
+    folder = tmp_path / "by-hand"
+    write_masks(images_folder, folder)
+    with Image.open(folder / "2.png") as mask:
+        turned, square = mask.rotate(90, expand=True), mask.resize((16, 16))
+    turned.save(folder / "2.png")
+    with pytest.raises(ValueError, match=r"by-hand/2\.png is turned by a quarter from 2\.png; expected it upright"):
+        masks_of(str(folder))
+    square.save(folder / "2.png")
+    masks_of(str(folder))
+
+
 def test_missing_and_black_masks(masks_of, images_folder, tmp_path):
     folder = tmp_path / "by-hand"
     write_masks(images_folder, folder)
@@ -222,6 +305,10 @@ def test_auto_takes_the_first_source_there_is(masks_of, images_folder, clipseg_f
     masks, source = masks_of("auto")
     assert source == "clipseg"
     assert torch.equal(masks, masks_of(str(clipseg_folder))[0])
+
+    for path in hugging_face_home.rglob("model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert masks_of("auto")[1] == "attention"
 
     write_masks(images_folder, images_folder / "masks")
     masks, source = masks_of("auto")
