@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..concept_file import WEIGHT_NAME
+from ..concept_file import WEIGHT_NAME, ConceptHeader
 from ..files import slug
 from .checkpoints import list_checkpoints
 from .config import TrainingConfig, setting_types
@@ -38,52 +38,60 @@ def read_concepts_table(path: str | os.PathLike, settings: Mapping[str, Any]) ->
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a column is no setting or one that all concepts share, a cell or setting is out of range, two
-            concepts have one folder or repository, there is no row, or `resume_from_checkpoint` is given, since each
-            concept resumes from its own checkpoint.
+        ValueError: if it is no CSV file in UTF-8, a column is no setting or one that all concepts share, a cell or
+            setting is out of range, two concepts have one folder or repository, there is no row, or
+            `resume_from_checkpoint` is given, since each concept resumes from its own checkpoint.
     """
     types = setting_types()
     required = [f.name for f in fields(TrainingConfig) if f.default is MISSING and f.default_factory is MISSING]
     parent = Path(settings.get("output_dir", TrainingConfig.output_dir))
     configs: list[TrainingConfig] = []
     taken: set[object] = set()
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        if "resume_from_checkpoint" in {*settings, *(rows.fieldnames or ())}:
+    columns, rows = _read_rows(path)
+    if "resume_from_checkpoint" in {*settings, *columns}:
+        raise ValueError(
+            "resume_from_checkpoint cannot be given with a table; every concept resumes from its last checkpoint"
+        )
+    if len(columns) != len(set(columns)):
+        raise ValueError(f"{path} has two columns of one name; expected each setting once")
+    for name in columns:
+        if name not in types or name in _SHARED:
             raise ValueError(
-                "resume_from_checkpoint cannot be given with a table; every concept resumes from its last checkpoint"
+                f"{path} has a column {name!r}; expected settings of a training other than {', '.join(_SHARED)}"
             )
-        columns = list(rows.fieldnames or ())
-        if len(columns) != len(set(columns)):
-            raise ValueError(f"{path} has two columns of one name; expected each setting once")
-        for name in columns:
-            if name not in types or name in _SHARED:
-                raise ValueError(
-                    f"{path} has a column {name!r}; expected settings of a training other than {', '.join(_SHARED)}"
-                )
-        for row in rows:
-            try:
-                if None in row or None in row.values():
-                    raise ValueError(f"its number of cells is not {len(rows.fieldnames or ())}")
-                own = {name: _parse(name, types[name], cell.strip()) for name, cell in row.items() if cell.strip()}
-                given = {**settings, **own}
-                if missing := [name for name in required if name not in given]:
-                    raise ValueError(f"it has no {', '.join(missing)}")
-                token = given["placeholder_token"]
-                if not (name := own.get("output_dir", slug(token))):
-                    raise ValueError(f"{token!r} has no letters to name a folder by; add a column output_dir")
-                config = TrainingConfig(**given | {"output_dir": str(parent / name)})
-            except ValueError as error:
-                raise ValueError(f"line {rows.line_num} of {path}: {error}") from error
-            places = [Path(config.output_dir).resolve(), *([config.hub_model_id] if config.hub_model_id else [])]
-            for place in places:
-                if place in taken:
-                    raise ValueError(f"line {rows.line_num} of {path}: an earlier line has {place} too")
-            taken.update(places)
-            configs.append(config)
+    for line, row in rows:
+        try:
+            if None in row or None in row.values():
+                raise ValueError(f"its number of cells is not {len(columns)}")
+            own = {name: _parse(name, types[name], cell.strip()) for name, cell in row.items() if cell.strip()}
+            given = {**settings, **own}
+            if missing := [name for name in required if name not in given]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            token = given["placeholder_token"]
+            if not (name := own.get("output_dir", slug(token))):
+                raise ValueError(f"{token!r} has no letters to name a folder by; add a column output_dir")
+            config = TrainingConfig(**given | {"output_dir": str(parent / name)})
+        except ValueError as error:
+            raise ValueError(f"line {line} of {path}: {error}") from error
+        places = [Path(config.output_dir).resolve(), *([config.hub_model_id] if config.hub_model_id else [])]
+        for place in places:
+            if place in taken:
+                raise ValueError(f"line {line} of {path}: an earlier line has {place} too")
+        taken.update(places)
+        configs.append(config)
     if not configs:
         raise ValueError(f"{path} has no concepts; expected a line with the columns, and one for each concept")
     return configs
+
+
+def _read_rows(path: str | os.PathLike) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Return the columns of a table, and its rows after the numbers of their lines."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            return list(rows.fieldnames or ()), [(rows.line_num, row) for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}); save the table as one") from error
 
 
 def _parse(name: str, kind: Any, cell: str) -> Any:
@@ -137,6 +145,15 @@ class SingleProcess:
         """Return at once: there is no other process."""
 
 
+def _is_trained(config: TrainingConfig) -> bool:
+    """Return whether the output folder has the concept; `train` refuses a file that is another one or damaged."""
+    try:
+        header = ConceptHeader.read(Path(config.output_dir) / WEIGHT_NAME)
+    except (OSError, ValueError):
+        return False
+    return header.placeholder_token == config.placeholder_token
+
+
 def train_concepts(pipeline: Any, configs: Sequence[TrainingConfig]) -> None:
     """Train concepts on one base model in memory, each into a folder of its own.
 
@@ -154,7 +171,7 @@ def train_concepts(pipeline: Any, configs: Sequence[TrainingConfig]) -> None:
     """
     # Processes wait for the slowest one at the end, which may take longer than the default timeout.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
-    done = [(Path(config.output_dir) / WEIGHT_NAME).is_file() for config in configs]
+    done = [_is_trained(config) for config in configs]
     (done,) = broadcast_object_list([done])  # all processes must split the same rows
     errors: list[tuple[str, str]] = []
     for config in (config for config, exists in zip(configs, done, strict=True) if exists):
@@ -168,9 +185,11 @@ def train_concepts(pipeline: Any, configs: Sequence[TrainingConfig]) -> None:
             try:
                 accelerator = SingleProcess(make_accelerator(config))
                 train(pipeline, replace(config, resume_from_checkpoint=latest), accelerator)
-            except (ValueError, OSError, RuntimeError) as error:
-                errors.append((config.output_dir, " ".join(str(error).split())))
-                logger.error(f"{config.output_dir}: {errors[-1][1]}")
+            except Exception as error:  # whatever it is, the others are trained
+                told = isinstance(error, (ValueError, OSError, RuntimeError))
+                sentence = " ".join((str(error) if told else repr(error)).split())
+                errors.append((config.output_dir, sentence))
+                logger.error(f"{config.output_dir}: {sentence}", exc_info=not told)
             finally:
                 for tracker in accelerator.trackers if accelerator is not None else ():
                     tracker.finish()

@@ -1,16 +1,26 @@
 """Tables of concepts, and processes that share them."""
 
+import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from safetensors import SafetensorError
 from test_validation import Album
 
-from diffusers_perfusion.training import TrainingConfig, train, train_concepts
+from diffusers_perfusion.training import (
+    PerfusionTrainer,
+    TrainingConfig,
+    concepts_table,
+    make_accelerator,
+    train,
+    train_concepts,
+)
 from diffusers_perfusion.training.concepts_table import SingleProcess, read_concepts_table
 
 FILE = "perfusion.safetensors"
@@ -104,6 +114,23 @@ def test_tables_that_cannot_be_read(table, lines, match):
         read_concepts_table(table(*lines), {"pretrained_model_name_or_path": "tiny", "superclass": "cat"})
 
 
+@pytest.mark.parametrize("data", ["placeholder_token\n<é>\n".encode("latin-1"), b"PK\x03\x04\xff", b"a" * 200_000])
+def test_files_that_are_no_tables_are_named(tmp_path, data):
+    (tmp_path / "concepts.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=r"concepts\.csv is not a CSV file in UTF-8 \(.*; save the table as one"):
+        read_concepts_table(tmp_path / "concepts.csv", {})
+
+
+def test_a_table_may_come_from_other_systems(tmp_path):
+    (tmp_path / "concepts.csv").write_bytes(
+        b"\xef\xbb\xbfplaceholder_token,instance_data_dir\r\n<my-cat>,cats\r\n\r\n"
+    )
+    (config,) = read_concepts_table(
+        tmp_path / "concepts.csv", {"pretrained_model_name_or_path": "tiny", "superclass": "cat"}
+    )
+    assert (config.placeholder_token, config.instance_data_dir) == ("<my-cat>", "cats")
+
+
 # Trainings of a table
 
 
@@ -130,8 +157,9 @@ def files(configs):
 def test_concepts_of_a_table_equal_those_trained_alone_even_if_it_is_killed(pipeline, configs, stop, tmp_path, caplog):
     alone = []
     for config in configs:
-        train(pipeline, replace(config, output_dir=str(tmp_path / "alone")))
-        alone.append((tmp_path / "alone" / FILE).read_bytes())
+        folder = tmp_path / "alone" / config.placeholder_token[1:-1]
+        train(pipeline, replace(config, output_dir=str(folder)))
+        alone.append((folder / FILE).read_bytes())
     stop(3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train_concepts(pipeline, configs)
@@ -165,6 +193,49 @@ def test_an_error_in_one_concept_does_not_stop_the_others(pipeline, configs, sto
     assert "the loss of step 2 is nan" in caplog.text
     train_concepts(pipeline, configs)
     assert all(path.exists() for path in files(configs))
+
+
+@pytest.mark.parametrize("error", [SafetensorError("no space"), SyntaxError("not a TIFF file"), KeyError("mode")])
+def test_no_error_in_one_concept_stops_the_others(pipeline, configs, stop, caplog, error):
+    """With its traceback, if it is not one that says enough."""
+    stop(1, error)
+    with pytest.raises(RuntimeError, match=rf"1 of 2 concepts .*my-cat \({re.escape(repr(error))}\)$"):
+        train_concepts(pipeline, configs)
+    assert [path.exists() for path in files(configs)] == [False, True]
+    assert "Traceback" in caplog.text
+
+
+def test_a_full_disk_at_one_concept_does_not_stop_the_others(pipeline, configs, monkeypatch, full_disk, caplog):
+    step, disk = PerfusionTrainer.step, ExitStack()
+
+    def fill(self, index):
+        if index == 2 and self.config.placeholder_token == "<my-cat>":
+            disk.enter_context(full_disk())
+        return step(self, index)
+
+    def empty(config):
+        disk.close()
+        return make_accelerator(config)
+
+    monkeypatch.setattr(PerfusionTrainer, "step", fill)
+    monkeypatch.setattr(concepts_table, "make_accelerator", empty)
+    with pytest.raises(RuntimeError, match=r"1 of 2 concepts .*checkpoint-4'; resume .*checkpoint-2 with"):
+        train_concepts(pipeline, configs)
+    disk.close()
+    assert "Traceback" not in caplog.text
+    monkeypatch.setattr(PerfusionTrainer, "step", step)
+    train_concepts(pipeline, configs)
+    assert all(path.exists() for path in files(configs))
+
+
+def test_a_file_that_is_not_the_concept_of_its_line_is_not_skipped(pipeline, configs, make_concept):
+    other, damaged = files(configs)
+    make_concept("<my-dog>").save(other)
+    make_concept("<my-dog>").save(damaged).write_bytes(b"")
+    with pytest.raises(
+        RuntimeError, match=rf"2 of 2 concepts .* \({other} is of <my-dog>, .* \({damaged} is truncated .*; delete it"
+    ):
+        train_concepts(pipeline, configs)
 
 
 def test_a_single_process_shares_nothing_and_logs_everywhere(monkeypatch, fresh_accelerate):
