@@ -1,11 +1,13 @@
 """`perfusion generate`."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import slug
+from ..files import check_writable, slug, to_png, write_atomically
+from ..training.config import MAX_SEED
 from .common import describe, place
 
 _EXAMPLE = """example:
@@ -41,7 +43,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance_scale", type=float, default=6.0, help="Scale of classifier-free guidance. Default: 6.0."
     )
     images.add_argument("--seed", type=int, default=0, help="Seed of each prompt. Default: 0.")
-    images.add_argument("--output_dir", type=Path, default=Path("."), help="Folder for the images. Default: this one.")
+    images.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("."),
+        help="Folder for the images, which are numbered after those in it. Default: this one.",
+    )
 
 
 def generate(
@@ -57,6 +64,12 @@ def generate(
     **options: Any,
 ) -> None:
     """Generate prompts with concepts, and write a PNG for each image."""
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        if options[name] < 1:
+            raise ValueError(f"{name} is {options[name]}; expected at least 1")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; expected 0 to {MAX_SEED}")
+    check_writable(output_dir)
     from .quiet import silence_libraries
 
     silence_libraries()
@@ -85,14 +98,21 @@ def generate(
     if negative_prompt is not None:  # not all pipelines take None
         options["negative_prompt"] = negative_prompt
     paths = []
-    for number, text in enumerate(tqdm(prompt, desc="Prompts")):
+    for text in tqdm(prompt, desc="Prompts"):
         images = pipeline(text, generator=torch.Generator(device).manual_seed(seed), **options).images
+        number = _next_number(output_dir)
         for image_number, image in enumerate(images):
             suffix = f"-{image_number}" if len(images) > 1 else ""
             paths.append(output_dir / f"{number:02d}-{slug(text)}{suffix}.png")
-            image.save(paths[-1])
+            write_atomically(paths[-1], to_png(image))
     for path in paths:
         print(describe(path))
+
+
+def _next_number(folder: Path) -> int:
+    """Return the number after those with which the names of images in a folder begin."""
+    numbers = [re.match(r"\d+(?=-.*\.png$)", path.name) for path in folder.iterdir()]
+    return max((int(number.group()) + 1 for number in numbers if number), default=0)
 
 
 def _number_tokens(concepts: list[Any], sources: list[str]) -> None:

@@ -20,8 +20,17 @@ LR_SCHEDULERS = (
     "constant_with_warmup",
 )
 
-# Settings that may change when a training is resumed: they do not change the trained numbers.
+# torch's generators take 64 bits, and each step has a seed of its own.
+MAX_SEED = 2**32 - 1
+
+# Settings that may change when a training is resumed: they do not change the trained numbers, or name files whose
+# content counts (`recipe.py`) and not their place.
 _NOT_IN_RECIPE = {
+    "pretrained_model_name_or_path",
+    "instance_data_dir",
+    "mask",
+    "covariance",
+    "initial_embedding",
     "output_dir",
     "max_train_steps",
     "validation_prompt",
@@ -178,6 +187,8 @@ class TrainingConfig:
         for name in ("resolution", "checkpoints_total_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; expected at most {MAX_SEED}")
         if self.learning_rate is not None:
             self.value_learning_rate = self.learning_rate
             self.embedding_learning_rate = self.learning_rate / 10
@@ -200,6 +211,12 @@ class TrainingConfig:
         """The name of the base model in a concept file: its Hub id, or the last part of its folder."""
         path = Path(self.pretrained_model_name_or_path)
         return path.resolve().name if path.is_dir() else self.pretrained_model_name_or_path
+
+    @property
+    def covariance_file(self) -> Path | None:
+        """The captions or the matrix for `C`, given or in the base model's folder; None for generated captions."""
+        path = Path(self.covariance or Path(self.pretrained_model_name_or_path) / "captions.txt")
+        return path if self.covariance or path.is_file() else None
 
     def recipe(self) -> dict[str, Any]:
         """Return the settings that change the trained numbers; a checkpoint is resumed only under the same ones."""

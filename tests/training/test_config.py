@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from diffusers.optimization import SchedulerType
@@ -55,6 +56,7 @@ def test_defaults_are_what_was_measured_to_be_best():
         ("snr_gamma", -1),
         ("lr_warmup_steps", -1),
         ("seed", -1),
+        ("seed", 2**32),
         ("lr_scheduler", "piecewise_constant"),
         ("lr_scheduler", "zigzag"),
         ("train_bias", 2.5),
@@ -101,8 +103,21 @@ def test_base_model_is_an_id_or_the_last_part_of_a_folder(tmp_path, monkeypatch)
     assert TrainingConfig(**REQUIRED | {"pretrained_model_name_or_path": "."}).base_model == "pocket"
 
 
+def test_the_file_for_the_covariance_is_the_given_one_or_the_base_model_s(tmp_path):
+    folder = REQUIRED | {"pretrained_model_name_or_path": str(tmp_path)}
+    assert TrainingConfig(**folder).covariance_file is None
+    (tmp_path / "captions.txt").touch()
+    assert TrainingConfig(**folder).covariance_file == tmp_path / "captions.txt"
+    assert TrainingConfig(**folder, covariance="c.npy").covariance_file == Path("c.npy")
+
+
 def test_the_recipe_is_what_decides_the_result():
     where_and_how_long = {
+        "pretrained_model_name_or_path",
+        "instance_data_dir",
+        "mask",
+        "covariance",
+        "initial_embedding",
         "output_dir",
         "max_train_steps",
         "validation_prompt",
