@@ -184,6 +184,28 @@ def test_generate_makes_images_of_each_prompt_with_all_concepts(generate, concep
     assert all(plain[name] != files[name] for name in files)
 
 
+def test_generated_images_replace_no_others(generate, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("41-a-cat.jpg", "notes.txt", "7.png"):
+        (folder / name).touch()
+    same = ["--output_dir", str(folder)]
+    generate(*same, prompts=("a <my-cat>", "a <my-dog>"))
+    first = {path.name: path.read_bytes() for path in folder.glob("0*.png")}
+    assert sorted(first) == ["00-a-my-cat.png", "01-a-my-dog.png"]
+    generate(*same, "--seed", "1", "--num_images_per_prompt", "2", prompts=("a <my-cat>",))
+    generate(*same, prompts=("a <my-cat>",))
+    second = {path.name: path.read_bytes() for path in folder.glob("0*.png")}
+    assert sorted(second.keys() - first.keys()) == ["02-a-my-cat-0.png", "02-a-my-cat-1.png", "03-a-my-cat.png"]
+    assert second.items() >= first.items()
+    assert second["03-a-my-cat.png"] == first["00-a-my-cat.png"]
+
+
+def test_a_long_prompt_in_any_script_names_an_image(generate):
+    (name,) = generate(prompts=("<my-cat> " + "猫" * 200,))
+    assert name.startswith("00-my-cat-猫") and len(name.encode()) < 100
+
+
 def test_settings_of_generate_change_the_image(generate):
     def image(*arguments):
         (data,) = generate(*arguments).values()
@@ -402,7 +424,7 @@ def test_bad_input_of_train(training_arguments, capsys, tmp_path, images_folder)
     assert "nowhere is not a folder" in failed([*training_arguments, "--instance_data_dir", "nowhere"], capsys)
     assert "train_batch_size is 0" in failed([*training_arguments, "--train_batch_size", "0"], capsys)
     assert "'cat' is already a" in failed([*training_arguments, "--placeholder_token", "cat"], capsys)
-    assert "no checkpoint 'latest'" in failed([*training_arguments, "--resume_from_checkpoint", "latest"], capsys)
+    assert "no checkpoint 'c'" in failed([*training_arguments, "--resume_from_checkpoint", "c"], capsys)
     nowhere = str(tmp_path / "no-model")
     assert nowhere in failed([*training_arguments, "--pretrained_model_name_or_path", nowhere], capsys)
     for path in images_folder.iterdir():
@@ -410,8 +432,35 @@ def test_bad_input_of_train(training_arguments, capsys, tmp_path, images_folder)
     assert "has no image" in failed(training_arguments, capsys)
 
 
+def test_the_output_folder_of_a_training_is_checked_before_the_base_model_is_loaded(
+    training_arguments, training_settings, make_concept, monkeypatch, capsys, full_disk
+):
+    monkeypatch.setattr("diffusers_perfusion.cli.train.load_pipeline", None)
+    with full_disk():
+        assert f"File too large: '{training_settings['output_dir']}'" in failed(training_arguments, capsys)
+    make_concept("<my-dog>").save(Path(training_settings["output_dir"]) / "perfusion.safetensors")
+    assert "is of <my-dog>, and this training is of <my-cat>; choose another" in failed(training_arguments, capsys)
+
+
+def test_the_output_folder_of_images_is_checked_before_any_work(concepts, capsys, full_disk, tmp_path):
+    command = ["generate", "--pretrained_model_name_or_path", "nowhere", "--concept", concepts[0], "--prompt", "a"]
+    command += ["--output_dir", str(tmp_path / "images")]
+    with full_disk():
+        assert f"File too large: '{tmp_path}/images'" in failed(command, capsys)
+    (tmp_path / "images").touch()
+    assert f"Not a directory: '{tmp_path}/images'" in failed(command, capsys)
+
+
 def test_bad_input_of_generate(model_folder, concepts, capsys, tmp_path):
     command = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--prompt", "a <my-cat>"]
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        assert f"{name} is 0; expected at least 1" in failed(
+            [*command, "--concept", concepts[0], f"--{name}", "0"], capsys
+        )
+    for seed in (-1, 2**64):
+        assert f"seed is {seed}; expected 0 to" in failed(
+            [*command, "--concept", concepts[0], "--seed", str(seed)], capsys
+        )
     assert "bias is 5.0" in failed([*command, "--concept", concepts[0], "--bias", "5"], capsys)
     assert "temperature is 0.0" in failed([*command, "--concept", concepts[0], "--temperature", "0"], capsys)
     assert "has no perfusion.safetensors" in failed([*command, "--concept", str(model_folder)], capsys)

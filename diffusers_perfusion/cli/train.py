@@ -74,9 +74,11 @@ def train(concepts: str | None, **settings: Any) -> None:
     if config is None:
         _train_table(str(concepts), settings)
         return
+    from ..training.output_folder import check_output_folder
     from ..training.training_loop import make_accelerator
     from ..training.training_loop import train as run_training
 
+    check_output_folder(config)  # before the base model is loaded, and perhaps downloaded
     accelerator = make_accelerator(config)
     try:
         pipeline = load_pipeline(

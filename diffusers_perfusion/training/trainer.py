@@ -247,8 +247,8 @@ class PerfusionTrainer:
             if not finite or not flat.any():
                 raise RuntimeError(
                     f"the gradients of the first step are {'all zero' if finite else 'not finite'}, so nothing can be "
-                    "trained; some compiled or low-precision models do this, so try mixed_precision 'no' without "
-                    "torch.compile"
+                    "trained; some compiled or low-precision models do this, so train with mixed_precision 'no' and "
+                    "without torch_compile, or, where that is so, with another base model"
                 )
             self._checked = True
 
@@ -258,6 +258,9 @@ class PerfusionTrainer:
         Args:
             steps: number of optimizer steps done.
             facts: more to record about the training in the concept file, beside the settings.
+
+        Raises:
+            RuntimeError: if the training diverged, to numbers that no concept file holds.
         """
         # i*, the mean hidden state at the placeholder token.
         positions = torch.tensor([places[-1] for prompt in self._tokens_of_prompt for places in prompt.values()])
@@ -265,9 +268,26 @@ class PerfusionTrainer:
             hidden_states = self.family.encode([ids[: len(TEMPLATES)] for ids in self.prompt_ids]).inputs.float()
         at_token = hidden_states[torch.arange(len(TEMPLATES)), positions[: len(TEMPLATES)]].mean(0)
         self.concept.target_input, self.concept.inverse_target_input = at_token, self._inverse(at_token)
-        concept = self.concept.detach().to("cpu", copy=True)
         settings = {name: getattr(self.config, name) for name in _RECORDED}
+        try:
+            concept = self.concept.detach().to("cpu", copy=True)
+            concept.state_dict()
+        except ValueError as error:
+            raise self.divergence(steps, str(error)) from error
         return replace(concept, base_model=self.config.base_model, training={"steps": steps} | facts | settings)
+
+    def divergence(self, steps: int, what: str) -> RuntimeError:
+        """Return the error of a training whose numbers have become too large.
+
+        Args:
+            steps: number of optimizer steps done.
+            what: is wrong with them.
+        """
+        names = ["learning_rate"]
+        if self.config.learning_rate is None:
+            names = ["value_learning_rate", "embedding_learning_rate"]
+        rates = " and ".join(f"{name} (now {getattr(self.config, name)})" for name in names)
+        return RuntimeError(f"the training diverged by step {steps}: {what}; begin it anew with a lower {rates}")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor that a training is resumed from."""

@@ -1,8 +1,9 @@
 """`train`: from a folder of images to a concept file, with checkpoints, validation and sharing."""
 
 import math
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from .image_captions import training_prompt
 from .images import TrainingImage, read_images, to_tensor
 from .initial_embedding import initial_embeddings, token_positions
 from .loss import snr_weights
-from .masks import subject_masks
+from .masks import masks_without_base_model, subject_masks
 from .noise_schedule import noise_schedule
+from .output_folder import check_output_folder, claim_output_folder
+from .recipe import training_recipe
 from .trainer import CONCEPT_NAME, PerfusionTrainer
 from .training_data import make_training_data
 from .validation import generate, validate
@@ -64,10 +67,12 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
 
     Raises:
         FileNotFoundError: if there is no such checkpoint to resume from.
-        ValueError: if the token, the super-class, the images, a model or the checkpoint cannot be used; before any
-            long work.
-        OSError: if the concept is to be shared and the Hub refuses: before any long work, or when the file is written.
-        RuntimeError: if the gradients of the first step are all zero or not finite, or a package is missing.
+        ValueError: if the token, the super-class, the images, a model, the checkpoint or the output folder cannot be
+            used; before any long work.
+        OSError: if the output folder cannot be written: before any long work, or later, with the last checkpoint
+            named; or if the concept is to be shared and the Hub refuses.
+        RuntimeError: if the gradients of the first step are all zero or not finite, the training diverges, or a
+            package is missing.
         KeyboardInterrupt: passed on, after a line that names the checkpoint to resume from.
     """
     if accelerator is None:
@@ -85,6 +90,8 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
     # Raises if this model has no such loss.
     snr_weights(noise_schedule(pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
+    if accelerator.is_main_process:
+        check_output_folder(config)
     images = read_images(
         config.instance_data_dir, resolution, center_crop=config.center_crop, seed=config.seed, min_side=factor
     )
@@ -98,50 +105,54 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         raise ValueError(
             f"{config.covariance} is not a file; expected captions, or a .npy, .pt or .safetensors matrix, for C"
         )
+    masks, mask_source = masks_without_base_model(config.mask, images, config.instance_data_dir, config.superclass)
+    precision = _PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    recipe = training_recipe(config, family, precision, images, prompts, masks, mask_source)
+    recipe["num_processes"] = accelerator.num_processes
     start, state, checkpoint = 0, None, None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
-        start, state = load_checkpoint(checkpoint, _recipe(config, accelerator))
-    repo_id = None
-    if accelerator.is_main_process:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        if config.push_to_hub:
+        if checkpoint is not None:
+            start, state = load_checkpoint(checkpoint, recipe)
+    with claim_output_folder(config) if accelerator.is_main_process else nullcontext():
+        repo_id = None
+        if config.push_to_hub and accelerator.is_main_process:
             name = config.hub_model_id or Path(config.output_dir).resolve().name
             repo_id = create_repository(name, private=config.hub_private, token=config.hub_token)
 
-    precision = _PRECISIONS.get(accelerator.mixed_precision, torch.float32)
-    # Rounded as it is trained on, so that masks do not depend on whether an earlier training has rounded it.
-    _move(model, accelerator.device, precision)
-    for part in (pipeline.vae, *family.text_encoders, model):
-        # Text encoders stay in float32 under mixed precision, because the metric depends on the last digits.
-        _move(part, accelerator.device, torch.float32)
-        part.requires_grad_(False).eval()
-    masks, mask_source = subject_masks(
-        config.mask, images, config.instance_data_dir, config.superclass, pipeline, config.seed
-    )
-    data = make_training_data(
-        family, pipeline.vae, to_tensor([image.image for image in images]), masks, config.random_flip, prompts
-    )
-    c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
-    _move(model, accelerator.device, precision)
-    had_checkpointing = model.is_gradient_checkpointing
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    captions = sum(prompt is not None for prompt in prompts)
-    facts = {"images": len(images), "captions": captions, "mask": mask_source, "resolution": resolution}
-    try:
-        with _tf32(config.allow_tf32):
-            trainer = PerfusionTrainer(pipeline, config, accelerator, data, c_inv)
-            if state is not None:
-                trainer.load_state_dict(state)
-            concept = _run(trainer, start, checkpoint, facts)
-    finally:
-        pipeline.unload_perfusion()
-        if not had_checkpointing:
-            model.disable_gradient_checkpointing()
-    if repo_id is not None:
-        _share(pipeline, config, accelerator, repo_id)
-    return concept
+        # Rounded as it is trained on, so that masks do not depend on whether an earlier training has rounded it.
+        _move(model, accelerator.device, precision)
+        for part in (pipeline.vae, *family.text_encoders, model):
+            # Text encoders stay in float32 under mixed precision, because the metric depends on the last digits.
+            _move(part, accelerator.device, torch.float32)
+            part.requires_grad_(False).eval()
+        if mask_source == "attention":
+            masks, _ = subject_masks(
+                mask_source, images, config.instance_data_dir, config.superclass, pipeline, config.seed
+            )
+        data = make_training_data(
+            family, pipeline.vae, to_tensor([image.image for image in images]), masks, config.random_flip, prompts
+        )
+        c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
+        _move(model, accelerator.device, precision)
+        had_checkpointing = model.is_gradient_checkpointing
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        captions = sum(prompt is not None for prompt in prompts)
+        facts = {"images": len(images), "captions": captions, "mask": mask_source, "resolution": resolution}
+        try:
+            with _tf32(config.allow_tf32):
+                trainer = PerfusionTrainer(pipeline, config, accelerator, data, c_inv)
+                if state is not None:
+                    trainer.load_state_dict(state)
+                concept = _run(trainer, start, checkpoint, recipe, facts)
+        finally:
+            pipeline.unload_perfusion()
+            if not had_checkpointing:
+                model.disable_gradient_checkpointing()
+        if repo_id is not None:
+            _share(pipeline, config, accelerator, repo_id)
+        return concept
 
 
 def _own_prompt(image: TrainingImage, config: TrainingConfig) -> str | None:
@@ -207,20 +218,27 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 def _covariance(family: ModelFamily, config: TrainingConfig) -> Tensor:
     """Return `C` from the config's file, from captions in the base model's folder, or from generated captions."""
-    source = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
-    if source.suffix in (".npy", ".pt", ".safetensors"):
+    source = config.covariance_file
+    if source is not None and source.suffix in (".npy", ".pt", ".safetensors"):
         return load_covariance(source)
-    return cached_covariance(family, source if source.is_file() else None)
+    return cached_covariance(family, source)
 
 
-def _run(trainer: PerfusionTrainer, start: int, checkpoint: Path | None, facts: dict[str, Any]) -> PerfusionConcept:
+def _run(
+    trainer: PerfusionTrainer, start: int, checkpoint: Path | None, recipe: dict[str, Any], facts: dict[str, Any]
+) -> PerfusionConcept:
     """Run the steps, with checkpoints and validation between them, and write the concept.
 
     Args:
         trainer: in the state after `start` steps.
         start: number of steps done.
         checkpoint: the checkpoint that is resumed; None if the training begins.
+        recipe: to record in checkpoints.
         facts: to record in the concept file.
+
+    Raises:
+        OSError: if something cannot be written; it names the last checkpoint, and where a trained concept was kept.
+        RuntimeError: if the training diverges.
     """
     config, accelerator = trainer.config, trainer.accelerator
     output_dir = Path(config.output_dir)
@@ -245,7 +263,7 @@ def _run(trainer: PerfusionTrainer, start: int, checkpoint: Path | None, facts: 
                 losses = _log(accelerator, unread, step)
                 unread = []
                 if bad := [number for number, loss in losses.items() if not math.isfinite(loss)]:
-                    raise RuntimeError(f"the loss of step {bad[0]} is {losses[bad[0]]}; lower the learning rates")
+                    raise trainer.divergence(bad[0], f"the loss is {losses[bad[0]]}")
                 progress.set_postfix(loss=f"{losses[step]:.4f}")
             if not accelerator.is_main_process:
                 continue
@@ -254,26 +272,42 @@ def _run(trainer: PerfusionTrainer, start: int, checkpoint: Path | None, facts: 
                     output_dir,
                     step,
                     trainer.state_dict(),
-                    _recipe(config, accelerator),
+                    recipe,
                     trainer.trained_concept(step, **facts),
                     config.checkpoints_total_limit,
                 )
             if config.validation_prompt and step % config.validation_steps == 0:
                 validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, step)
+        concept = trainer.trained_concept(step, **facts)
+        if accelerator.is_main_process:
+            concept.save(output_dir / WEIGHT_NAME)
     except KeyboardInterrupt:
         _log(accelerator, unread, step)
-        logger.warning(
-            f"Training was stopped at step {step}. "
-            + (f"Resume {last} with --resume_from_checkpoint latest." if last else "It has no checkpoint yet.")
-        )
+        logger.warning(f"Training was stopped at step {step}; {_resumption(last)}.")
         raise
+    except OSError as error:
+        done = step == config.max_train_steps
+        kept = _keep(trainer.trained_concept(step, **facts), output_dir) if done else None
+        found = f"the trained concept is in {kept}; " if kept else ""
+        raise OSError(f"{error}; {found}{_resumption(last)}") from error
     finally:
         progress.close()
-    concept = trainer.trained_concept(step, **facts)
-    if accelerator.is_main_process:
-        concept.save(output_dir / WEIGHT_NAME)
     accelerator.wait_for_everyone()
     return concept
+
+
+def _resumption(checkpoint: Path | None) -> str:
+    """Return how a stopped training goes on."""
+    return f"resume {checkpoint} with --resume_from_checkpoint latest" if checkpoint else "it has no checkpoint yet"
+
+
+def _keep(concept: PerfusionConcept, output_dir: Path) -> Path | None:
+    """Write a trained concept into the output folder or else a temporary one; return its path, or None if neither."""
+    with suppress(OSError):
+        return concept.save(output_dir / WEIGHT_NAME)
+    with suppress(OSError):
+        return concept.save(Path(tempfile.mkdtemp(prefix="perfusion-")) / WEIGHT_NAME)
+    return None
 
 
 def _log(accelerator: Any, losses: list[Tensor], step: int) -> dict[int, float]:
@@ -282,8 +316,3 @@ def _log(accelerator: Any, losses: list[Tensor], step: int) -> dict[int, float]:
     for number, loss in by_step.items():
         accelerator.log({"loss": loss}, step=number)
     return by_step
-
-
-def _recipe(config: TrainingConfig, accelerator: Any) -> dict[str, Any]:
-    """Return the settings and the number of processes under which a checkpoint can be resumed."""
-    return config.recipe() | {"num_processes": accelerator.num_processes}

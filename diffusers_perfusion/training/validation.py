@@ -9,12 +9,14 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 
+from ..files import to_png, write_atomically
 from ..model_families import edited_model
 from ..registry import registry_of
 from .config import TrainingConfig
 
 INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 6.0  # the paper's
+IMAGES_FOLDER = "validation"  # in the output folder
 
 
 @torch.no_grad()
@@ -70,7 +72,8 @@ def validate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any,
             for prompt, images in zip(config.validation_prompt, rows, strict=True):
                 arrays = np.stack([np.asarray(image) for image in images])
                 tracker.log_images({prompt: arrays}, step=step, **options)
-    path = Path(config.output_dir) / "validation" / f"step-{step:06d}.png"
+    path = Path(config.output_dir) / IMAGES_FOLDER / f"step-{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid([image for images in rows for image in images], len(rows), config.num_validation_images).save(path)
+    grid = make_image_grid([image for images in rows for image in images], len(rows), config.num_validation_images)
+    write_atomically(path, to_png(grid))
     return path

@@ -1,9 +1,11 @@
+import errno
 import os
 
 import pytest
 import torch
 
 from diffusers_perfusion import PerfusionConcept
+from diffusers_perfusion.files import delete_temporaries
 from diffusers_perfusion.training.checkpoints import (
     find_checkpoint,
     list_checkpoints,
@@ -18,7 +20,9 @@ STATE = {"a": torch.arange(3.0), "b": torch.tensor(2.5, dtype=torch.float64)}
 @pytest.fixture
 def save(tmp_path, make_concept):
     concept = make_concept()
-    return lambda step, limit=None: save_checkpoint(tmp_path, step, STATE, RECIPE, concept, limit)
+    return lambda step, limit=None, output_dir=tmp_path: save_checkpoint(
+        output_dir, step, STATE, RECIPE, concept, limit
+    )
 
 
 def names(folder):
@@ -76,22 +80,50 @@ def test_a_crash_while_writing_leaves_no_part_of_a_checkpoint(save, tmp_path, mo
     save(25)
 
     def crash(*_, **__):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(PerfusionConcept, "save", crash) if moment == "concept" else monkeypatch.setattr(
         "pathlib.Path.rename", crash
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/checkpoint-50'$"):
         save(50, 1)
     assert names(tmp_path) == ["checkpoint-25"]
     assert load_checkpoint(tmp_path / "checkpoint-25", RECIPE)[0] == 25
 
 
-def test_what_a_killed_process_left_is_no_obstacle(save, tmp_path):
-    """In a container the next process may well have the same number."""
-    (tmp_path / f".checkpoint-25-{os.getpid()}").mkdir()
-    assert save(25).name == "checkpoint-25"
-    assert names(tmp_path) == ["checkpoint-25"]
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(save, tmp_path, full_disk):
+    save(25)
+    for size in (0, 100, 1000):  # in the first file, and in the second
+        with full_disk(size), pytest.raises(OSError, match=rf"File too large: '{tmp_path}/checkpoint-50'$"):
+            save(50)
+        assert names(tmp_path) == ["checkpoint-25"]
+
+
+def test_an_output_folder_that_is_gone_is_made_again(save, tmp_path):
+    assert save(25, output_dir=tmp_path / "gone") == tmp_path / "gone" / "checkpoint-25"
+
+
+@pytest.mark.parametrize("files_left", [0, 1, 2])
+@pytest.mark.parametrize("step", [25, 50])
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_part_of_one(save, tmp_path, monkeypatch, step, files_left):
+    """Of the oldest, and of an earlier one of the same step."""
+    save(25)
+
+    def killed(path, **_):
+        for file in sorted(path.iterdir())[files_left:]:
+            file.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(step, 1)
+    monkeypatch.undo()
+    for path in list_checkpoints(tmp_path):
+        load_checkpoint(path, RECIPE)
+    if step == 50:
+        assert find_checkpoint(tmp_path, "latest").name == "checkpoint-50"
+    delete_temporaries(tmp_path)
+    assert all(name.startswith("checkpoint-") for name in names(tmp_path))
 
 
 def test_finding_a_checkpoint(save, tmp_path):
@@ -102,8 +134,21 @@ def test_finding_a_checkpoint(save, tmp_path):
     assert find_checkpoint(tmp_path / "elsewhere", str(tmp_path / "checkpoint-5")) == tmp_path / "checkpoint-5"
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'checkpoint-7'; .* has checkpoint-5, checkpoint-25"):
         find_checkpoint(tmp_path, "checkpoint-7")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'latest'; .* has no checkpoint"):
-        find_checkpoint(tmp_path / "elsewhere", "latest")
+
+
+def test_the_latest_of_no_checkpoints_is_none_with_a_line(tmp_path, caplog):
+    assert find_checkpoint(tmp_path / "empty", "latest") is None
+    assert f"{tmp_path}/empty has no checkpoint to resume from, so the training begins anew." in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "foreign", "concept"])
+def test_the_latest_checkpoint_is_the_last_whole_one(save, tmp_path, caplog, make_concept, damage):
+    save(25)
+    damaged(save(50), damage, make_concept)
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-25"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path}/checkpoint-50 is not a complete checkpoint")
+    assert line.endswith("it is skipped.")
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(save):
@@ -114,15 +159,29 @@ def test_a_checkpoint_of_another_recipe_is_refused(save):
         load_checkpoint(path, RECIPE | {"new_setting": 3})
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "foreign"])
-def test_a_damaged_checkpoint_is_refused(save, make_concept, damage):
-    path = save(25)
+def damaged(path, damage, make_concept):
+    """Damage a checkpoint."""
     file = path / "training_state.safetensors"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-3])
     elif damage == "missing":
         file.unlink()
-    else:
+    elif damage == "foreign":
         make_concept().save(file)
+    else:
+        (path / "perfusion.safetensors").write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "foreign", "concept"])
+def test_a_damaged_checkpoint_is_refused(save, make_concept, damage):
+    path = damaged(save(25), damage, make_concept)
     with pytest.raises(ValueError, match="checkpoint-25 is not a complete checkpoint"):
         load_checkpoint(path, RECIPE)
+
+
+def test_a_loaded_state_is_no_map_of_its_file(save):
+    path = save(25)
+    _, state = load_checkpoint(path, RECIPE)
+    (path / "training_state.safetensors").write_bytes(bytes(1000))
+    assert all(torch.equal(state[name], STATE[name]) for name in STATE)

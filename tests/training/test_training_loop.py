@@ -1,8 +1,12 @@
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +24,7 @@ from test_validation import Album
 from diffusers_perfusion import PerfusionConcept, add_perfusion
 from diffusers_perfusion.model_families import cross_attention_layers, family_of
 from diffusers_perfusion.registry import registry_of
-from diffusers_perfusion.training import TrainingConfig, train, training_loop, validation
+from diffusers_perfusion.training import TrainingConfig, masks, train, training_loop, validation
 from diffusers_perfusion.training.superclass import superclass_embeddings, superclass_input
 from diffusers_perfusion.training.trainer import PerfusionTrainer
 
@@ -267,7 +271,7 @@ def test_ctrl_c_before_the_first_checkpoint(run, stop, caplog):
     stop(1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert "stopped at step 1. It has no checkpoint yet." in caplog.text
+    assert "stopped at step 1; it has no checkpoint yet." in caplog.text
 
 
 def test_ctrl_c_does_not_name_the_checkpoint_of_another_training(run, stop, caplog):
@@ -275,7 +279,7 @@ def test_ctrl_c_does_not_name_the_checkpoint_of_another_training(run, stop, capl
     stop(1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run(seed=1)
-    assert "stopped at step 1. It has no checkpoint yet." in caplog.text
+    assert "stopped at step 1; it has no checkpoint yet." in caplog.text
 
 
 def flags(settings):
@@ -311,6 +315,39 @@ def test_training_resumes_only_under_its_own_recipe(run, monkeypatch, tmp_path):
         run(resume_from_checkpoint="checkpoint-2", superclass="dog")
 
 
+def test_training_resumes_with_its_own_images_wherever_they_are(run, images_folder, tmp_path, monkeypatch):
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2}
+    expected = run(**settings).read_bytes()
+    resumed = {"resume_from_checkpoint": "checkpoint-2", **settings}
+    assert run(**resumed, instance_data_dir=f"{images_folder}/").read_bytes() == expected
+    images_folder.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert run(**resumed, instance_data_dir="moved").read_bytes() == expected
+    Image.new("RGB", (16, 16)).save(tmp_path / "moved" / "4.png")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 was written with images 'sha256:\w+', and this training has 's"
+    ):
+        run(**resumed, instance_data_dir="moved")
+    (tmp_path / "moved" / "4.png").unlink()
+    (tmp_path / "moved" / "3.txt").write_text("a cat on the beach")
+    with pytest.raises(ValueError, match=r"with captions 'sha256:\w+', .*; give what the training began with, or an"):
+        run(**resumed, instance_data_dir="moved")
+
+
+def test_training_resumes_with_its_own_kind_of_masks(run, monkeypatch):
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2, "mask": "auto"}
+    run(**settings)
+    monkeypatch.setattr(masks, "clipseg_masks", lambda images, *_, **__: torch.ones(len(images), 1, 8, 8))
+    with pytest.raises(ValueError, match="with mask 'attention', and this training has 'clipseg'"):
+        run(**settings, resume_from_checkpoint="latest")
+
+
+def test_the_latest_of_no_checkpoints_begins_anew_with_a_line(run, caplog):
+    expected = run().read_bytes()
+    assert run(resume_from_checkpoint="latest").read_bytes() == expected
+    assert "output has no checkpoint to resume from, so the training begins anew." in caplog.text
+
+
 def test_training_resumes_only_with_its_own_number_of_processes_and_steps(run, monkeypatch):
     run(lr_scheduler="linear", checkpointing_steps=2)
     with pytest.raises(ValueError, match="written with max_train_steps 4, and this training has 6"):
@@ -332,13 +369,139 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(run, monkeypatc
 
     def full(self, path, *args):
         if self.training["steps"] == 4:
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return save(self, path, *args)
 
     monkeypatch.setattr(PerfusionConcept, "save", full)
-    with pytest.raises(OSError, match="disk full"):
-        run(checkpointing_steps=2)
-    assert checkpoints(training_settings["output_dir"]) == ["checkpoint-2"]
+    output = training_settings["output_dir"]
+    with pytest.raises(
+        OSError,
+        match=rf"^\[Errno 28\] No space left on device: '{output}/checkpoint-4'; "
+        rf"resume {output}/checkpoint-2 with --resume_from_checkpoint latest$",
+    ):
+        run(checkpointing_steps=2, max_train_steps=6)
+    assert checkpoints(output) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("written", ["checkpoint", "image"])
+def test_a_disk_that_becomes_full_during_training_is_told_in_one_sentence(
+    run, training_settings, stop, full_disk, monkeypatch, written, caplog
+):
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 1)
+    settings = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_prompt": ["a <my-cat>"]}
+    settings |= {"validation_steps": 3 if written == "image" else 6, "num_validation_images": 1}
+    output = training_settings["output_dir"]
+    name = "validation/step-000003.png" if written == "image" else "checkpoint-4"
+    step = PerfusionTrainer.step
+    with ExitStack() as stack:
+
+        def fill(self, index):
+            if index == 2:
+                stack.enter_context(full_disk())
+            return step(self, index)
+
+        monkeypatch.setattr(PerfusionTrainer, "step", fill)
+        with pytest.raises(
+            OSError, match=rf"File too large: '{output}/{name}'; resume {output}/checkpoint-2 with --resume"
+        ):
+            run(**settings)
+    monkeypatch.setattr(PerfusionTrainer, "step", step)
+    assert left_over(output) == []
+    resumed = run(**settings, resume_from_checkpoint="latest").read_bytes()
+    assert resumed == run(**settings | {"output_dir": f"{output}-unbroken"}).read_bytes()
+
+
+@pytest.mark.parametrize("room", ["nowhere", "elsewhere", "for the concept alone"])
+def test_a_trained_concept_is_kept_where_it_can_be(run, training_settings, tmp_path, monkeypatch, full_disk, room):
+    """On a disk that is full at the very end."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    expected = run(output_dir=str(tmp_path / "unbroken")).read_bytes()
+    output = Path(training_settings["output_dir"])
+    trained_concept = PerfusionTrainer.trained_concept
+    with ExitStack() as stack:
+
+        def fill(self, steps, **facts):
+            if steps == 4 and room == "elsewhere" and output.is_dir():
+                shutil.rmtree(output)
+                output.touch()
+            elif steps == 4 and room != "elsewhere":
+                stack.enter_context(full_disk(0 if room == "nowhere" else len(expected)))
+            return trained_concept(self, steps, **facts)
+
+        monkeypatch.setattr(PerfusionTrainer, "trained_concept", fill)
+        with pytest.raises(OSError, match=f"'{output}/checkpoint-4'; ") as caught:
+            run(checkpointing_steps=2)
+    (temporary,) = [*(tmp_path / "elsewhere").rglob("*.safetensors")] or [None]
+    kept = {"nowhere": None, "elsewhere": temporary, "for the concept alone": output / "perfusion.safetensors"}[room]
+    assert (f"; the trained concept is in {kept}; " in str(caught.value)) == (kept is not None)
+    assert str(caught.value).endswith(f"resume {output}/checkpoint-2 with --resume_from_checkpoint latest")
+    assert kept is None or kept.read_bytes() == expected
+
+
+def left_over(folder):
+    return list(Path(folder).rglob("*.perfusion-part"))
+
+
+def test_an_output_folder_that_is_deleted_during_training_is_made_again(run, training_settings, monkeypatch):
+    settings = {"checkpointing_steps": 2, "checkpoints_total_limit": 1}
+    expected = run(**settings, output_dir=training_settings["output_dir"] + "-unbroken").read_bytes()
+    step = PerfusionTrainer.step
+
+    def delete(self, index):
+        if index == 3:
+            shutil.rmtree(self.config.output_dir)
+        return step(self, index)
+
+    monkeypatch.setattr(PerfusionTrainer, "step", delete)
+    assert run(**settings).read_bytes() == expected
+    assert checkpoints(training_settings["output_dir"]) == ["checkpoint-4"]
+
+
+def test_a_concept_of_another_token_is_refused_before_any_work(run, no_long_work, training_settings, make_concept):
+    path = make_concept("<my-dog>").save(Path(training_settings["output_dir"]) / "perfusion.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"{path} is of <my-dog>, and this training is of <my-cat>"):
+        run()
+    assert path.read_bytes() == before
+
+
+def test_two_trainings_at_once_do_not_share_a_folder(run, pipeline, monkeypatch):
+    step = PerfusionTrainer.step
+
+    def train_another(self, index):
+        monkeypatch.setattr(PerfusionTrainer, "step", step)
+        pipeline.unload_perfusion()
+        run()
+
+    monkeypatch.setattr(PerfusionTrainer, "step", train_another)
+    with pytest.raises(ValueError, match="another training is writing into"):
+        run()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(run, no_long_work, training_settings, full_disk):
+    with full_disk(), pytest.raises(OSError, match=training_settings["output_dir"]):
+        run()
+
+
+def test_a_cache_that_cannot_be_written_ends_no_training(run, monkeypatch, tmp_path, caplog):
+    expected = run().read_bytes()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("diffusers_perfusion.training.covariance.HF_HOME", str(tmp_path / "file"))
+    assert run().read_bytes() == expected
+    assert "The covariance is not kept" in caplog.text
+
+
+def test_an_image_that_cannot_be_decoded_ends_no_training(run, images_folder, caplog):
+    expected = run().read_bytes()
+    data = (images_folder / "3.png").read_bytes()
+    (images_folder / "4.png").write_bytes(data[: len(data) // 2])
+    with Image.open(images_folder / "1.png") as image:
+        image.load()
+        image.save(images_folder / "1.png", exif=b"Exif\0\0broken!!")
+    assert run().read_bytes() == expected
+    assert "1.png is not rotated" in caplog.text
+    assert "4.png cannot be read as an image" in caplog.text
 
 
 def test_old_checkpoints_are_deleted(run, training_settings):
@@ -381,7 +544,8 @@ def test_trackers_get_losses_and_images(run, monkeypatch, losses):
 def test_a_loss_that_is_not_finite_is_an_error_before_a_checkpoint(run, monkeypatch, training_settings):
     step = PerfusionTrainer.step
     monkeypatch.setattr(PerfusionTrainer, "step", lambda self, index: step(self, index) / (index != 2))
-    with pytest.raises(RuntimeError, match="the loss of step 3 is inf; lower the learning rates"):
+    advice = r"begin it anew with a lower value_learning_rate \(now 0.03\) and embedding_learning_rate \(now 0.006\)$"
+    with pytest.raises(RuntimeError, match=rf"the training diverged by step 3: the loss is inf; {advice}"):
         run(max_train_steps=8, checkpointing_steps=2)
     assert [path.name for path in Path(training_settings["output_dir"]).glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -389,8 +553,15 @@ def test_a_loss_that_is_not_finite_is_an_error_before_a_checkpoint(run, monkeypa
 def test_a_loss_that_is_not_finite_is_an_error_before_validation(run, monkeypatch):
     monkeypatch.setattr(PerfusionTrainer, "step", lambda self, index: torch.tensor(float("nan")))
     monkeypatch.setattr(training_loop, "validate", None)  # not to be called
-    with pytest.raises(RuntimeError, match="the loss of step 1 is nan"):
+    with pytest.raises(RuntimeError, match="diverged by step 1: the loss is nan"):
         run(max_train_steps=8, validation_prompt=["a <my-cat>"], validation_steps=2)
+
+
+def test_numbers_that_no_file_holds_are_an_error_before_a_checkpoint(run, training_settings):
+    advice = r"begin it anew with a lower learning_rate \(now 1000000.0\)$"
+    with pytest.raises(RuntimeError, match=rf"^the training diverged by step 2: .* {advice}"):
+        run(learning_rate=1e6, checkpointing_steps=2)
+    assert checkpoints(training_settings["output_dir"]) == []
 
 
 def test_losses_of_a_stopped_training_are_logged(run, monkeypatch, stop):
@@ -515,7 +686,6 @@ def test_the_pipeline_is_left_as_it_was(run, stop, pipeline, generate, error):
         ({"mask": "{tmp_path}"}, ValueError, "has no mask for 1.png"),
         ({"initial_embedding": "nowhere.bin"}, FileNotFoundError, "no Textual Inversion file nowhere.bin"),
         ({"covariance": "nowhere.txt"}, ValueError, "nowhere.txt is not a file"),
-        ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no checkpoint 'latest'"),
         ({"resume_from_checkpoint": "checkpoint-7"}, FileNotFoundError, "no checkpoint 'checkpoint-7'"),
         ({"output_dir": "{tmp_path}/captions.txt"}, OSError, "captions.txt"),
     ],

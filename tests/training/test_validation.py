@@ -85,6 +85,14 @@ def test_a_sheet_with_a_row_for_each_prompt(run, pipeline, config):
     assert np.array_equal(np.asarray(Image.open(run())), sheet)
 
 
+def test_a_full_disk_leaves_the_earlier_sheet(run, config, full_disk):
+    path = run()
+    before = path.read_bytes()
+    with full_disk(len(before) // 2), pytest.raises(OSError, match=f"File too large: '{path}'"):
+        run()
+    assert [file.read_bytes() for file in path.parent.iterdir()] == [before]
+
+
 def test_it_generates_with_the_concept_s_settings_and_restores_those_from_before(run, pipeline, make_concept):
     expected = np.asarray(Image.open(run()))
     pipeline.set_perfusion("concept", bias=0.9, temperature=0.3)
