@@ -16,7 +16,7 @@ FRESH := .venv-wheel
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-lowest fuzz wheel lint format clean
+.PHONY: demo test test-lowest fuzz kills wheel lint format clean
 
 # What a user installs. torch comes first, so that no later step can choose another one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -50,6 +50,11 @@ $(LOWEST)/.installed: pyproject.toml
 fuzz: CASES = 2000
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --cases $(CASES)
+
+# Trainings that are killed at random moments, and resumed to the same bytes; `make kills CASES=1000` for more.
+kills: CASES = 100
+kills: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --cases $(CASES)
 
 # The wheel as a user gets it. Isolated mode keeps this checkout out of the import path.
 wheel:

@@ -32,7 +32,7 @@ from .output_folder import check_output_folder, claim_output_folder
 from .recipe import training_recipe
 from .trainer import CONCEPT_NAME, PerfusionTrainer
 from .training_data import make_training_data
-from .validation import generate, validate
+from .validation import generate, sheet_path, validate
 
 logger = logging.get_logger(__name__)
 
@@ -255,6 +255,10 @@ def _run(
         disable=not accelerator.is_local_main_process,
     )
     try:
+        # A stopped training may have its last checkpoint, and not the images of the same step.
+        missing = start > 0 and _validates(config, start) and not sheet_path(config, start).exists()
+        if missing and accelerator.is_main_process:
+            validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, start)
         while step < config.max_train_steps:
             unread.append(trainer.step(step))
             step += 1
@@ -276,7 +280,7 @@ def _run(
                     trainer.trained_concept(step, **facts),
                     config.checkpoints_total_limit,
                 )
-            if config.validation_prompt and step % config.validation_steps == 0:
+            if _validates(config, step):
                 validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, step)
         concept = trainer.trained_concept(step, **facts)
         if accelerator.is_main_process:
@@ -294,6 +298,11 @@ def _run(
         progress.close()
     accelerator.wait_for_everyone()
     return concept
+
+
+def _validates(config: TrainingConfig, step: int) -> bool:
+    """Return whether a step has validation images."""
+    return bool(config.validation_prompt) and step % config.validation_steps == 0
 
 
 def _resumption(checkpoint: Path | None) -> str:

@@ -52,6 +52,11 @@ def generate(
     return rows
 
 
+def sheet_path(config: TrainingConfig, step: int) -> Path:
+    """Return the path of the validation images of a step, `<output_dir>/validation/step-<step>.png`."""
+    return Path(config.output_dir) / IMAGES_FOLDER / f"step-{step:06d}.png"
+
+
 def validate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any, step: int) -> Path:
     """Generate the validation prompts, and give the images to the trackers and to a PNG with one row per prompt.
 
@@ -63,7 +68,7 @@ def validate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any,
         step: number of optimizer steps done.
 
     Returns:
-        The path of the PNG, `<output_dir>/validation/step-<step>.png`.
+        The path of the PNG, which is `sheet_path`.
     """
     rows = generate(pipeline, name, config.validation_prompt, config.num_validation_images, config.seed, accelerator)
     for tracker in accelerator.trackers:
@@ -72,7 +77,7 @@ def validate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any,
             for prompt, images in zip(config.validation_prompt, rows, strict=True):
                 arrays = np.stack([np.asarray(image) for image in images])
                 tracker.log_images({prompt: arrays}, step=step, **options)
-    path = Path(config.output_dir) / IMAGES_FOLDER / f"step-{step:06d}.png"
+    path = sheet_path(config, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_image_grid([image for images in rows for image in images], len(rows), config.num_validation_images)
     write_atomically(path, to_png(grid))

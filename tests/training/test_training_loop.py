@@ -525,6 +525,21 @@ def test_validation_does_not_change_the_training(run, training_settings, monkeyp
     assert not np.array_equal(*sheets)
 
 
+def test_images_that_a_kill_has_prevented_are_made_when_training_is_resumed(run, training_settings, monkeypatch):
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 1)
+    settings = {"checkpointing_steps": 2, "validation_steps": 2}
+    settings |= {"validation_prompt": ["a <my-cat>"], "num_validation_images": 1}
+    run(**settings)
+    sheets = sorted((Path(training_settings["output_dir"]) / "validation").iterdir())
+    before = [sheet.read_bytes() for sheet in sheets]
+    sheets[0].unlink()
+    run(**settings, resume_from_checkpoint="checkpoint-2")
+    assert [sheet.read_bytes() for sheet in sheets] == before
+    times = sheets[0].stat().st_mtime_ns
+    run(**settings, resume_from_checkpoint="checkpoint-2")
+    assert sheets[0].stat().st_mtime_ns == times
+
+
 def test_loss_weights_that_a_flow_does_not_have_are_refused_before_long_work(
     sana_pipeline, training_settings, no_long_work
 ):
