@@ -2,8 +2,8 @@
 
     python tests/kills.py --cases 1000
 
-Each training is killed one to three times by SIGKILL: at a random moment, or before a random one of the calls that
-make, rename and delete files. Its processes are forked from this one, which has loaded the base model.
+Each training is killed one to three times by SIGKILL: at a random moment, or before one of the calls that make, rename
+and delete files. Its processes are forked from this one, which has loaded the base model.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,7 @@ RESUMED = "resumed to the same bytes"
 class Training:
     """A short training with checkpoints and validation images, in a folder of its own."""
 
-    def __init__(self, pipeline, base, folder, total_limit=None):
+    def __init__(self, pipeline, base, folder, total_limit):
         self.pipeline, self.folder, self.output = pipeline, folder, folder / "output"
         (folder / "images").mkdir(parents=True)
         Image.linear_gradient("L").resize((64, 64)).save(folder / "images" / "1.png")
@@ -67,6 +68,7 @@ class Training:
             with (self.folder / "log").open("wb") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
+            tqdm.set_lock(threading.RLock())  # the first one is shared, and a killed process may hold it for ever
             calls = CallCounter(kill_before)
             sys.addaudithook(calls)
             covariance.HF_HOME, validation.INFERENCE_STEPS = str(self.folder / "cache"), 1
@@ -102,21 +104,21 @@ class CallCounter:
             self.count += 1
 
 
-def kill_and_resume(training, expected, calls, seconds, choose, moments):
+def kill_and_resume(training, case, expected, calls, seconds, moments):
     """Kill a training once or more, let it end, and return what became of it.
 
     Args:
         training: to be killed.
+        case: its number, from which all moments follow; a first kill before a call is before the call of this number.
         expected: files of a training that was left alone.
         calls: that such a training makes.
         seconds: that it takes.
-        choose: random numbers.
         moments: `calls`, `times` or both.
     """
-    kills = 0
-    for _ in range(choose.randint(1, 3)):
+    choose, kills = random.Random(case), 0
+    for number in range(choose.randint(1, 3)):
         if choose.choice(moments) == "calls":
-            process = training.start(kill_before=choose.randrange(calls))
+            process = training.start(kill_before=choose.randrange(calls) if number else case % calls)
         else:
             process = training.start()
             time.sleep(choose.uniform(0, seconds))
@@ -136,9 +138,9 @@ def kill_and_resume(training, expected, calls, seconds, choose, moments):
 
 
 def wrong_files(training, expected):
-    """Names of files that an untouched training does not write so, and of parts of checkpoints."""
+    """Names of files that a training which was left alone has not, or has otherwise, and that checkpoints lack."""
     found = training.files()
-    folders = {name.partition("/")[0] for name in found if name.startswith("checkpoint-")}
+    folders = {path.name for path in training.output.glob("checkpoint-*")}
     missing = [name for name in expected if name.partition("/")[0] in folders and name not in found]
     return [name for name, data in found.items() if expected.get(name) != data] + missing
 
@@ -146,7 +148,7 @@ def wrong_files(training, expected):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100, help="Trainings to kill.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the first one's moments.")
+    parser.add_argument("--first", type=int, default=0, help="Number of the first.")
     parser.add_argument("--moments", nargs="+", choices=("calls", "times"), default=["calls", "times"])
     parser.add_argument("--pretrained_model_name_or_path", default=POCKET, help="Folder of the base model.")
     arguments = parser.parse_args()
@@ -157,17 +159,18 @@ def main():
     pipeline = DiffusionPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
-        alone = Training(pipeline, base, Path(folder) / "alone")
-        start = time.monotonic()
-        status = os.waitpid(alone.start(), 0)[1]
-        seconds = time.monotonic() - start
-        if status:
-            sys.exit((alone.folder / "log").read_text())
-        calls, expected = int((alone.folder / "calls").read_text()), alone.files()
+        # The first keeps all checkpoints, and the second makes all calls.
+        alone = [Training(pipeline, base, Path(folder) / f"alone-{limit}", limit) for limit in (None, 1)]
+        for training in alone:
+            start = time.monotonic()
+            if os.waitpid(training.start(), 0)[1]:
+                sys.exit((training.folder / "log").read_text())
+            seconds = time.monotonic() - start
+        expected, calls = alone[0].files(), int((alone[1].folder / "calls").read_text())
         outcomes = Counter()
-        for case in tqdm(range(arguments.seed, arguments.seed + arguments.cases), desc="Kills"):
-            training = Training(pipeline, base, Path(folder) / str(case), total_limit=1 + case % 3)
-            outcome = kill_and_resume(training, expected, calls, seconds, random.Random(case), arguments.moments)
+        for case in tqdm(range(arguments.first, arguments.first + arguments.cases), desc="Kills"):
+            training = Training(pipeline, base, Path(folder) / str(case), 1)
+            outcome = kill_and_resume(training, case, expected, calls, seconds, arguments.moments)
             if outcome not in (RESUMED, UNHURT):
                 tqdm.write(f"case {case}: {outcome}")
             outcomes[outcome.partition(":")[0]] += 1

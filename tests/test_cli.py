@@ -451,6 +451,19 @@ def test_the_output_folder_of_images_is_checked_before_any_work(concepts, capsys
     assert f"Not a directory: '{tmp_path}/images'" in failed(command, capsys)
 
 
+@pytest.mark.parametrize("command", ["train", "generate", "sweep"])
+@pytest.mark.parametrize("part", ["model_index.json", "text_encoder/model.safetensors", "tokenizer/*.json"])
+def test_a_base_model_with_a_damaged_file_is_named(
+    command, part, training_arguments, sweep_arguments, model_folder, concepts, capsys
+):
+    for path in model_folder.glob(part):
+        path.write_bytes(path.read_bytes()[:-2])
+    generate = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--prompt", "a <my-cat>"]
+    generate += ["--concept", concepts[0]]
+    arguments = {"train": training_arguments, "generate": generate, "sweep": sweep_arguments}[command]
+    assert str(model_folder) in failed(arguments, capsys)
+
+
 def test_bad_input_of_generate(model_folder, concepts, capsys, tmp_path):
     command = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--prompt", "a <my-cat>"]
     for name in ("num_inference_steps", "num_images_per_prompt"):

@@ -4,22 +4,36 @@ from pathlib import Path
 from typing import Any
 
 
-def load_pipeline(base: str, **options: Any) -> Any:
-    """Load the pipeline of a base model with Perfusion's methods, and without a safety checker and progress bars.
+def from_pretrained(base: str, **options: Any) -> Any:
+    """Load the pipeline of a base model with Perfusion's methods and without progress bars.
 
     Args:
         base: Hub id or folder.
-        options: more for `from_pretrained`.
+        options: more for `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: if it cannot be loaded.
     """
     from diffusers import DiffusionPipeline
 
     from ..loaders import add_perfusion
 
-    if "safety_checker" in DiffusionPipeline.load_config(base, revision=options.get("revision")):
-        options |= {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = add_perfusion(DiffusionPipeline.from_pretrained(base, **options))
+    try:
+        pipeline = add_perfusion(DiffusionPipeline.from_pretrained(base, **options))
+    except Exception as error:  # each library has errors of its own for a broken file
+        told = isinstance(error, (ImportError, ValueError, OSError, RuntimeError))
+        raise ValueError(f"{base} cannot be loaded: {error if told else repr(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_pipeline(base: str, **options: Any) -> Any:
+    """Load the pipeline of a base model as `from_pretrained`, and without a safety checker."""
+    from diffusers import DiffusionPipeline
+
+    if "safety_checker" in DiffusionPipeline.load_config(base, revision=options.get("revision")):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    return from_pretrained(base, **options)
 
 
 def place(pipeline: Any, device: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..files import check_writable, slug, to_png, write_atomically
 from ..training.config import MAX_SEED
-from .common import describe, place
+from .common import describe, from_pretrained, place
 
 _EXAMPLE = """example:
   perfusion generate --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -74,12 +74,10 @@ def generate(
 
     silence_libraries()
     import torch
-    from diffusers import DiffusionPipeline
     from tqdm.auto import tqdm
 
     from ..concept import PerfusionConcept
     from ..hub import find_concept_file
-    from ..loaders import add_perfusion
 
     concepts = [PerfusionConcept.load(find_concept_file(source)) for source in concept]
     _number_tokens(concepts, concept)
@@ -89,8 +87,7 @@ def generate(
             print(f"perfusion: the prompt {text!r} has none of the placeholder tokens {tokens}", file=sys.stderr)
     # The accelerator that torch was built for may be absent from this machine.
     device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
-    pipeline = add_perfusion(DiffusionPipeline.from_pretrained(pretrained_model_name_or_path))
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = from_pretrained(pretrained_model_name_or_path)
     pipeline.load_perfusion(concepts)
     pipeline.set_perfusion(bias=bias, temperature=temperature, locking=locking)
     place(pipeline, device)

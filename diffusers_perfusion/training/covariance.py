@@ -156,14 +156,15 @@ def cached_covariance(family: ModelFamily, captions: str | os.PathLike | None = 
         return covariance
     with ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             # One process computes it, and the others wait.
+            path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(path.with_suffix(".lock")))
         except (OSError, NotImplementedError):
-            pass  # the cache cannot be written, or its file system has no locks
+            pass  # the cache cannot be written, as is told below, or its file system has no locks
         if (covariance := _read_cache(path)) is None:
             covariance = second_moment(family, lines).float().cpu()
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 delete_temporaries(path.parent, path.name)
                 write_atomically(path, serialize({"covariance": covariance}))
             except OSError as error:

@@ -273,7 +273,7 @@ class PerfusionTrainer:
             concept = self.concept.detach().to("cpu", copy=True)
             concept.state_dict()
         except ValueError as error:
-            raise self.divergence(steps, str(error)) from error
+            raise self.divergence(steps, "its numbers do not fit into a concept file") from error
         return replace(concept, base_model=self.config.base_model, training={"steps": steps} | facts | settings)
 
     def divergence(self, steps: int, what: str) -> RuntimeError:
