@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -479,6 +480,16 @@ def test_bad_input_of_generate(model_folder, concepts, capsys, tmp_path):
     assert "has no perfusion.safetensors" in failed([*command, "--concept", str(model_folder)], capsys)
     (tmp_path / "text.safetensors").write_text("no concept")
     assert "not a safetensors file" in failed([*command, "--concept", str(tmp_path / "text.safetensors")], capsys)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_cannot_show_is_written_in_another_way(tmp_path, make_concept, monkeypatch, encoding):
+    make_concept("<猫>").save(tmp_path / "perfusion.safetensors")
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding=encoding))
+    assert main(["info", str(tmp_path)]) == 0
+    sys.stdout.flush()
+    assert rb"<\u732b>" in shown.getvalue()
 
 
 def test_bad_input_of_info(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The command line: `perfusion train | generate | sweep | info | push | pull | search`."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
     assert run is not None  # argparse exits unless a command is given
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # When the work is done, a name that the terminal cannot show is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(**vars(arguments))
     except KeyboardInterrupt:

@@ -62,7 +62,9 @@ def save_checkpoint(
         if isinstance(error, OSError):
             raise error_of(path, error) from error
         raise
-    for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+    # Not this one, even if a clock that was set back makes it the oldest.
+    others = [other for other in list_checkpoints(output_dir) if other != path]
+    for old in others[: max(len(others) + 1 - total_limit, 0) if total_limit else 0]:
         _delete(old)
     return path
 

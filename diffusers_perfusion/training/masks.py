@@ -87,11 +87,14 @@ def masks_without_base_model(
             return clipseg_masks(images, superclass, local_files_only=True), "clipseg"
         except (OSError, SafetensorError):  # not in the cache, or damaged there
             return None, "attention"
-    if source == "clipseg":
-        return clipseg_masks(images, superclass), source
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+    if source != "clipseg" and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         return folder_masks(images, source), "folder"
-    return clipseg_masks(images, superclass, source), "clipseg"
+    try:
+        return clipseg_masks(images, superclass, CLIPSEG if source == "clipseg" else source), "clipseg"
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"mask is {source!r}; expected a folder of masks, or a CLIPSeg model that can be loaded ({error})"
+        ) from error
 
 
 def alpha_masks(images: Sequence[TrainingImage]) -> Tensor | None:

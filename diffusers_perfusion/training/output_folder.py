@@ -43,8 +43,8 @@ def claim_output_folder(config: TrainingConfig) -> Iterator[None]:
     """Make the output folder, delete what killed trainings have left half-written, and keep other trainings out.
 
     Raises:
-        OSError: if the folder cannot be made.
-        ValueError: if another training is writing into it.
+        OSError: if the folder cannot be made or written.
+        ValueError: if another training is writing into it, or as `check_output_folder`.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,7 @@ def claim_output_folder(config: TrainingConfig) -> Iterator[None]:
             ) from error
         except (OSError, NotImplementedError):
             pass  # some file systems have no locks
+        check_output_folder(config)  # another training may have written into it until now
         delete_temporaries(folder)
         delete_temporaries(folder / IMAGES_FOLDER)
         yield

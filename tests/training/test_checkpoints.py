@@ -75,6 +75,13 @@ def test_later_checkpoints_of_an_earlier_training_go_first(save, tmp_path):
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
 
 
+def test_a_checkpoint_does_not_delete_itself_when_the_clock_was_set_back(save, tmp_path):
+    for step in (5, 10):
+        os.utime(save(step), (2e9, 2e9 + step))
+    save(15, 2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-15"]
+
+
 @pytest.mark.parametrize("moment", ["concept", "move"])
 def test_a_crash_while_writing_leaves_no_part_of_a_checkpoint(save, tmp_path, monkeypatch, moment):
     save(25)

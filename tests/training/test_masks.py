@@ -327,8 +327,15 @@ def test_a_folder_named_like_a_source_is_not_taken_for_it(masks_of, tmp_path, mo
 
 
 def test_a_source_that_is_not_there(masks_of, tmp_path):
-    with pytest.raises((ValueError, OSError), match="no-masks"):
+    with pytest.raises(ValueError, match=r"mask is '.*no-masks'; expected a folder of masks, or a CLIPSeg model"):
         masks_of(str(tmp_path / "no-masks"))
+
+
+def test_a_damaged_clipseg_model_is_named(masks_of, clipseg_folder):
+    weights = clipseg_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"mask is '{clipseg_folder}'; expected .* that can be loaded \("):
+        masks_of(str(clipseg_folder))
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,12 @@ def test_one_training_has_a_folder_at_a_time(config, folder):
         pass
 
 
+def test_a_folder_is_checked_again_when_no_other_training_has_it(config, folder, make_concept):
+    make_concept("<my-dog>").save(folder / "perfusion.safetensors")
+    with pytest.raises(ValueError, match="is of <my-dog>"), claim_output_folder(config):
+        pass
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
 def test_a_file_system_without_locks_will_do(config, monkeypatch, error):
     def refuse(*_, **__):
@@ -82,9 +88,10 @@ def test_a_file_system_without_locks_will_do(config, monkeypatch, error):
         assert Path(config.output_dir).is_dir()
 
 
-def test_what_killed_trainings_left_is_deleted(config, folder):
+def test_what_killed_trainings_left_is_deleted(config, folder, make_concept):
     kept = [folder / "perfusion.safetensors", folder / "validation" / "step-000005.png", folder / "checkpoint-5" / "a"]
-    for path in kept:
+    make_concept("<my-cat>").save(kept[0])
+    for path in kept[1:]:
         path.parent.mkdir(exist_ok=True)
         path.touch()
     for path in (kept[0], kept[1]):
