@@ -24,6 +24,7 @@ from diffusers_perfusion.training.covariance import cached_covariance, invert
 from diffusers_perfusion.training.image_captions import training_prompt
 from diffusers_perfusion.training.images import read_images, to_tensor
 from diffusers_perfusion.training.masks import subject_masks
+from diffusers_perfusion.training.output_folder import check_output_folder
 from diffusers_perfusion.training.training_data import make_training_data
 
 
@@ -49,6 +50,7 @@ def parse_config():
 
 def main():
     config = parse_config()
+    check_output_folder(config)  # which may hold another concept
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
 
     # The base model is frozen: only the concept is trained.

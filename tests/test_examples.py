@@ -46,6 +46,8 @@ def test_the_training_script_trains_the_same_concept_as_the_command(
     assert capsys.readouterr().out == f"{path} ({path.stat().st_size:,} bytes): <my-cat>\n"
     assert main(["train", *flags, "--output_dir", str(tmp_path / "command")]) == 0
     assert path.read_bytes() == (tmp_path / "command" / "perfusion.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is of <my-cat>, and this training is of <my-dog>"):
+        run_script(monkeypatch, *flags, "--placeholder_token", "<my-dog>")
 
 
 def test_the_attention_processor_alone_generates_the_concept(tmp_path, monkeypatch):

@@ -82,7 +82,9 @@ class TrainingConfig:
     placeholder_token: str = _required("concept", "Token that calls the concept in a prompt, such as '<my-cat>'.")
     superclass: str = _required("concept", "Super-class of the subject in plain words, such as 'cat' or 'teddy bear'.")
     output_dir: str = _option(
-        "concept", "Folder for the concept file, checkpoints and validation images.", "perfusion-concept"
+        "concept",
+        "Folder for the concept file, checkpoints and validation images of one concept.",
+        "perfusion-concept",
     )
     revision: str | None = _option("concept", "Branch, tag or commit of the base model.")
     variant: str | None = _option("concept", "Variant of the base model's files, such as 'fp16'.")
@@ -133,7 +135,8 @@ class TrainingConfig:
         "training", "Number of checkpoints to keep; the oldest are deleted. By default all are kept."
     )
     resume_from_checkpoint: str | None = _option(
-        "training", "Checkpoint to resume from: a path, or 'latest' for the last one in the output folder."
+        "training",
+        "Checkpoint to resume from: a path, or 'latest' for the last whole one in the output folder, if there is one.",
     )
     validation_prompt: list[str] = field(
         default_factory=list,
