@@ -64,6 +64,7 @@ class Training:
         """Train in a new process, which kills itself before one of its calls, and return the process's number."""
         if process := os.fork():
             return process
+        status = 1
         try:
             with (self.folder / "log").open("wb") as log:
                 os.dup2(log.fileno(), 1)
@@ -74,10 +75,11 @@ class Training:
             covariance.HF_HOME, validation.INFERENCE_STEPS = str(self.folder / "cache"), 1
             train(self.pipeline, self.config)
             (self.folder / "calls").write_text(str(calls.count))
-            os._exit(0)
+            status = 0
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
+        finally:
+            os._exit(status)
 
     def files(self):
         """The files of the output folder, but for hidden ones."""
