@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import HFValidationError, HTTPError
 
+from .concept_file import printable
+
 # A task may take so many seconds, and one more for each of so many bytes of a file that it moves.
 SECONDS = 60
 BYTES_PER_SECOND = 64 * 2**10
@@ -84,7 +86,7 @@ class BoundedHub:
             # Of requests, the error of a JSON decoder is an OSError too.
             if isinstance(told, (OSError, HTTPError, HFValidationError)) and not isinstance(told, JSONDecodeError):
                 raise told
-        raise OddAnswerError(f"the client does not understand the Hub's answer ({one_line(error)})") from error
+        raise OddAnswerError(f"the client does not understand the Hub's answer ({printable(error)})") from error
 
     def check_request(self, url: str, headers: Any) -> float:
         """Return the seconds that a request may wait for each byte, or raise OSError if it may not be sent."""
@@ -130,12 +132,6 @@ class BoundedHub:
 
     def _too_large(self) -> OSError:
         return OSError(f"the Hub sends more than {self._max_bytes} bytes")
-
-
-def one_line(text: Any) -> str:
-    """Return a text of a server or an error on one line, not too long, without characters that control a terminal."""
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)[:400]
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -201,4 +197,4 @@ def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
 
 
 def _no_connection(error: Exception) -> OSError:
-    return OSError(f"there is no connection to the Hub ({one_line(error)})")
+    return OSError(f"there is no connection to the Hub ({printable(error)})")

@@ -52,8 +52,8 @@ _OTHER_KINDS = {
 
 
 def printable(value: Any, limit: int = 400) -> str:
-    """Return a stranger's text for a terminal: without control characters, and cut to `limit` characters."""
-    text = str(value)
+    """Return a stranger's text on one line, without control characters, cut to `limit` characters."""
+    text = " ".join(str(value).split())
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

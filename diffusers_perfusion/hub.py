@@ -20,6 +20,7 @@ from huggingface_hub import (
     HfApi,
     ModelInfo,
     constants,
+    get_session,
     hf_hub_download,
     hf_hub_url,
 )
@@ -32,20 +33,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from PIL import Image
 
-from .bounded_hub import BoundedHub, OddAnswerError, one_line
-from .concept_file import MAX_FILE_BYTES, WEIGHT_NAME, ConceptHeader, find_local_file
+from .bounded_hub import BoundedHub, OddAnswerError
+from .concept_file import MAX_FILE_BYTES, MAX_HEADER_BYTES, WEIGHT_NAME, ConceptHeader, find_local_file, printable
 from .model_card import TAGS, CardEntry, card_metadata, gallery, is_hub_id, make_card, merge_card
 
 logger = logging.getLogger(__name__)
 
-# Of what the Hub sends of a header, of a README, and of the answers to a search.
-_MAX_HEADER_BYTES = 2**20
+# Of a README, and of the answers to a search or about a file.
 _MAX_CARD_BYTES = 2**20
 _MAX_ANSWER_BYTES = 8 * 2**20
-# What the client asks for at least to read one.
-_HEADER_BYTES = 100_000
 
 _REFUSALS = {
     401: "the Hub does not know you; log in with `hf auth login` or pass token=",
@@ -161,11 +160,11 @@ def read_header(
 
     name = _in_folder(weight_name, subfolder)
     repo_id = os.fspath(source)
-    hub = BoundedHub(token=token, max_bytes=_MAX_HEADER_BYTES)
+    hub = BoundedHub(token=token, max_bytes=_MAX_ANSWER_BYTES)
     with _explained(source, name, revision):
         url = hf_hub_url(repo_id, name, revision=revision)
         size = _check_size(name, hub.ask(lambda api: api.get_hf_file_metadata(url=url)).size, MAX_FILE_BYTES)
-        return f"{repo_id}/{name}", size, _read_remote_header(hub, repo_id, name, revision)
+        return f"{repo_id}/{name}", size, _read_remote_header(hub, repo_id, name, size, revision)
 
 
 def card_entry(path: Path, samples: Sequence[tuple[str, str]] = ()) -> CardEntry:
@@ -229,7 +228,7 @@ def push_concept_file(
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             hub.ask(lambda api: api.create_branch(repo_id, branch=revision, exist_ok=True))
         repository = hub.ask(lambda api: _repository(api, repo_id, revision))
-        payload = sum(map(len, uploads.values())) + _HEADER_BYTES * len(_candidates(repository))
+        payload = sum(map(len, uploads.values())) + MAX_HEADER_BYTES * len(_candidates(repository))
         hub = BoundedHub(token=token, max_bytes=MAX_FILE_BYTES, payload=payload)
         uploads["README.md"] = _readme_after(hub, repository, entry, license, sweep)
         files = [file.rfilename for file in repository.siblings or []]
@@ -322,22 +321,26 @@ def search_concepts(
         raise OSError(f"the search failed: {_reason(error)}") from error
 
 
-def _read_remote_header(hub: BoundedHub, repo_id: str, name: str, revision: str | None) -> ConceptHeader:
-    """Return the header of a concept file on the Hub.
+def _read_remote_header(hub: BoundedHub, repo_id: str, name: str, size: int, revision: str | None) -> ConceptHeader:
+    """Return the header of a concept file on the Hub, of which it downloads the beginning.
 
     Raises:
         ValueError: if it is not a valid concept file.
     """
+    url = hf_hub_url(repo_id, name, revision=revision)
+
+    def get_start(api: HfApi) -> bytes:
+        headers = build_hf_headers(token=api.token) | {"Range": f"bytes=0-{MAX_HEADER_BYTES + 7}"}
+        response = get_session().get(url, headers=headers)
+        hf_raise_for_status(response)
+        return response.content
+
+    # Of no bytes there is no range.
+    start = hub.ask(get_start) if size else b""
     try:
-        found = hub.ask(lambda api: api.parse_safetensors_file_metadata(repo_id, name, revision=revision))
-    except OddAnswerError as error:
-        # The client parses any JSON as if it were a header, and before huggingface_hub 1 any eight bytes.
-        raise ValueError(f"{repo_id}/{name} is not a safetensors file") from error
-    try:
-        tensors = {tensor: (entry.dtype, entry.shape) for tensor, entry in found.tensors.items()}
-        return ConceptHeader.parse(found.metadata, tensors)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{repo_id}/{name} is not a valid concept file: {one_line(error)}") from error
+        return ConceptHeader.from_bytes(start, size)
+    except ValueError as error:
+        raise ValueError(f"{repo_id}/{name} is not a valid concept file: {error}") from error
 
 
 def _check_weight_name(name: str) -> None:
@@ -415,7 +418,7 @@ def _entries(hub: BoundedHub, repository: ModelInfo, metadata: Mapping[str, Any]
     for file in _candidates(repository):
         name = file.rfilename
         try:
-            header = _read_remote_header(hub, repository.id, name, repository.sha)
+            header = _read_remote_header(hub, repository.id, name, file.size, repository.sha)
         except ValueError:
             continue
         samples = [(text, url) for text, url in shown if _is_sample(url, name)]
@@ -505,4 +508,4 @@ def _reason(error: BaseException) -> str:
     response = getattr(error, "response", None)
     if response is not None and response.status_code in _REFUSALS:
         return f"{_REFUSALS[response.status_code]} ({response.status_code})"
-    return one_line(error).rstrip(".") or type(error).__name__
+    return printable(error).rstrip(".") or type(error).__name__

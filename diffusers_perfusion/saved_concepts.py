@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
-from .bounded_hub import one_line
 from .concept import PerfusionConcept
+from .concept_file import printable
 from .files import slug, write_atomically
 from .hub import download
 
@@ -77,7 +77,7 @@ def saved_concepts(source: str | os.PathLike, **hub_options: Any) -> dict[str, s
     except (EntryNotFoundError, HTTPError, OSError) as error:
         is_absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         if not (is_absent or hub_options.get("local_files_only") or constants.HF_HUB_OFFLINE):
-            reason = one_line(error.__cause__ or error)
+            reason = printable(error.__cause__ or error)
             logger.warning(f"Whether concepts were saved with {source} is not known ({reason}), so none is loaded.")
         return {}
 

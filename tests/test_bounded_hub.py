@@ -10,7 +10,7 @@ from hub_server import HubServer, Refusal
 from huggingface_hub.utils import tqdm
 
 from diffusers_perfusion import bounded_hub
-from diffusers_perfusion.bounded_hub import BoundedHub, OddAnswerError, one_line
+from diffusers_perfusion.bounded_hub import BoundedHub, OddAnswerError
 from diffusers_perfusion.cli import main
 from diffusers_perfusion.concept_file import WEIGHT_NAME
 from diffusers_perfusion.hub import find_concept_file, read_header, search_concepts
@@ -83,7 +83,7 @@ def test_a_file_has_time_by_its_size(monkeypatch):
 
 @TASKS
 def test_no_answer_is_taken_whatever_its_size(hub, tasks, task, monkeypatch, hugging_face_home):
-    for name in ("MAX_FILE_BYTES", "_MAX_HEADER_BYTES", "_MAX_ANSWER_BYTES"):
+    for name in ("MAX_FILE_BYTES", "_MAX_ANSWER_BYTES"):
         monkeypatch.setattr(f"diffusers_perfusion.hub.{name}", 2**20)
     hub.fault = lambda handler: setattr(handler, "flood", b"[" * 2**16)
     with pytest.raises(OSError, match="the Hub sends more than 1048576 bytes"):
@@ -318,11 +318,6 @@ def test_one_card_does_not_hide_the_others(hub, tasks):
 
 
 CONTROLS = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202e"
-
-
-def test_one_line():
-    assert one_line(f"a\n  b\t{CONTROLS}") == "a b \ufffd]0;evil\ufffd\ufffd[2J\ufffd31m\ufffd"
-    assert len(one_line("a" * 1000)) == 400
 
 
 @TASKS

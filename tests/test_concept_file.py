@@ -22,6 +22,7 @@ from diffusers_perfusion.concept_file import (
     ConceptHeader,
     check_same_token,
     find_local_file,
+    printable,
 )
 
 
@@ -421,3 +422,8 @@ def test_only_a_concept_of_the_same_token_may_be_replaced(tmp_path):
     path.write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"cat\.safetensors .*; delete it, or choose another folder or name"):
         check_same_token(path, "<my-cat>")
+
+
+def test_a_strangers_text_is_printed_on_one_line_without_control_characters():
+    assert printable("a\n  b\t\x1b]0;evil\x07\x1b[2J\u202e") == "a b \ufffd]0;evil\ufffd\ufffd[2J\ufffd"
+    assert printable("a" * 1000) == "a" * 399 + "…"

@@ -67,6 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..concept_file import printable
 
         # Errors of the libraries have several lines, and may quote a stranger's file or server.
-        print(f"perfusion: {printable(' '.join(str(error).split()), 2000)}", file=sys.stderr)
+        print(f"perfusion: {printable(error, 2000)}", file=sys.stderr)
         return 1
     return 0
