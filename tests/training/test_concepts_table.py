@@ -233,7 +233,8 @@ def test_a_file_that_is_not_the_concept_of_its_line_is_not_skipped(pipeline, con
     make_concept("<my-dog>").save(other)
     make_concept("<my-dog>").save(damaged).write_bytes(b"")
     with pytest.raises(
-        RuntimeError, match=rf"2 of 2 concepts .* \({other} is of <my-dog>, .* \({damaged} is truncated .*; delete it"
+        RuntimeError,
+        match=rf"2 of 2 concepts .* \({other} is of <my-dog>, .* \({damaged} is not .* truncated .*; delete it",
     ):
         train_concepts(pipeline, configs)
 

@@ -51,7 +51,9 @@ def test_the_concept_of_another_token_is_refused(config, folder, make_concept, p
 def test_a_concept_that_cannot_be_read_is_refused(config, folder, make_concept):
     path = folder / "perfusion.safetensors"
     path.write_bytes(make_concept("<my-dog>").save(path).read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"^{path} is truncated .*; delete it, or choose another output_dir"):
+    with pytest.raises(
+        ValueError, match=rf"^{path} is not a valid .* truncated .*; delete it, or choose another output_dir"
+    ):
         check_output_folder(config)
     path.rename(folder / "other.safetensors")
     (folder / "checkpoint-5").mkdir()
