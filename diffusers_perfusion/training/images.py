@@ -135,13 +135,14 @@ def is_constant(channel: Image.Image) -> bool:
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Return an image with 8 bits per channel, where Pillow's `convert` would clip integers and floats to 255.
 
-    White is the smallest of 1, 255 and 65535 that no pixel exceeds.
+    White is the smallest of 1, 255 and 65535 that no pixel exceeds twice over: highlights may be brighter than it.
     """
     if image.mode[0] not in "IF":
         return image
-    pixels = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, 65535)
-    white = next(white for white in (1, 255, 65535) if pixels.max() <= white)
-    return Image.fromarray((pixels / white * 255).round().astype(np.uint8))
+    pixels = np.asarray(image, dtype=np.float64)
+    brightest = pixels[np.isfinite(pixels)].max(initial=0)
+    white = next((white for white in (1, 255) if brightest < 2 * white), 65535)
+    return Image.fromarray((np.nan_to_num(pixels / white).clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

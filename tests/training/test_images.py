@@ -111,6 +111,16 @@ def test_white_of_floats_and_long_integers_is_the_smallest_that_holds_them(tmp_p
     assert np.abs(pixels(image)[..., 0] - expected).max() <= 0.5
 
 
+@pytest.mark.parametrize("white", [1, 255, 65535])
+@pytest.mark.parametrize("highlight", [1.02, 1.5, np.inf])
+def test_highlights_of_floats_turn_no_image_black(tmp_path, white, highlight):
+    grey = np.full((16, 16), white / 2, np.float32)
+    grey[0, 0] = white * highlight
+    Image.fromarray(grey).save(tmp_path / "1.tif")
+    (image,) = read_images(tmp_path, 16)
+    assert pixels(image)[0, :2, 0].tolist() == [255, 128]
+
+
 def test_floats_that_are_no_numbers_are_black(tmp_path):
     grey = np.full((16, 16), 0.5, np.float32)
     grey[0, 0], grey[0, 1], grey[0, 2] = np.nan, -np.inf, -3
