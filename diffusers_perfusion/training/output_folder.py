@@ -17,12 +17,20 @@ def check_output_folder(config: TrainingConfig) -> None:
     """Raise an error if the files of a training cannot be written, or would replace another token's.
 
     Raises:
-        OSError: if nothing can be written into the output folder.
+        OSError: if nothing can be written into the output folder, or those of images and trackers in it.
         ValueError: if it has a concept of another placeholder token, or one that cannot be read, or checkpoints of
             another.
     """
     folder = Path(config.output_dir)
     check_writable(folder)
+    if config.validation_prompt:
+        check_writable(folder / IMAGES_FOLDER)
+    if config.report_to:
+        check_writable(folder / config.logging_dir)
+    if (folder / WEIGHT_NAME).is_dir():
+        raise ValueError(
+            f"{folder / WEIGHT_NAME} is a folder, and the concept file is to be there; choose another output_dir"
+        )
     for path in (folder / WEIGHT_NAME, *(checkpoint / WEIGHT_NAME for checkpoint in list_checkpoints(folder))):
         try:
             token = ConceptHeader.read(path).placeholder_token

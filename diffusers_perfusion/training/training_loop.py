@@ -110,10 +110,15 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
     recipe = training_recipe(config, family, precision, images, prompts, masks, mask_source)
     recipe["num_processes"] = accelerator.num_processes
     start, state, checkpoint = 0, None, None
-    if config.resume_from_checkpoint:
+    if config.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if checkpoint is not None:
             start, state = load_checkpoint(checkpoint, recipe)
+        if start > config.max_train_steps:
+            raise ValueError(
+                f"{checkpoint} is of step {start}, and max_train_steps is {config.max_train_steps}; give at least "
+                f"{start}, or another checkpoint"
+            )
     with claim_output_folder(config) if accelerator.is_main_process else nullcontext():
         repo_id = None
         if config.push_to_hub and accelerator.is_main_process:
@@ -286,6 +291,7 @@ def _run(
         if accelerator.is_main_process:
             concept.save(output_dir / WEIGHT_NAME)
     except KeyboardInterrupt:
+        progress.close()  # or the line below would be written behind the bar
         _log(accelerator, unread, step)
         logger.warning(f"Training was stopped at step {step}; {_resumption(last)}.")
         raise

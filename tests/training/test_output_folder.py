@@ -33,6 +33,18 @@ def test_a_folder_that_cannot_be_written_is_told(config, folder, full_disk):
         check_output_folder(config)
 
 
+def test_what_is_in_the_way_of_a_later_file_is_told(config, folder):
+    (folder / "validation").touch()
+    (folder / "logs").touch()
+    check_output_folder(config)
+    for settings in ({"validation_prompt": ["a <my-cat>"]}, {"report_to": "tensorboard"}):
+        with pytest.raises(NotADirectoryError, match=rf"'{folder}/(validation|logs)'$"):
+            check_output_folder(replace(config, **settings))
+    (folder / "perfusion.safetensors").mkdir()
+    with pytest.raises(ValueError, match=rf"^{folder}/perfusion\.safetensors is a folder, .*; choose another"):
+        check_output_folder(config)
+
+
 def test_a_concept_of_the_same_token_may_be_replaced(config, folder, make_concept):
     make_concept("<my-cat>").save(folder / "perfusion.safetensors")
     make_concept("<my-cat>").save(folder / "checkpoint-5" / "perfusion.safetensors")
@@ -51,9 +63,7 @@ def test_the_concept_of_another_token_is_refused(config, folder, make_concept, p
 def test_a_concept_that_cannot_be_read_is_refused(config, folder, make_concept):
     path = folder / "perfusion.safetensors"
     path.write_bytes(make_concept("<my-dog>").save(path).read_bytes()[:-1])
-    with pytest.raises(
-        ValueError, match=rf"^{path} is not a valid .* truncated .*; delete it, or choose another output_dir"
-    ):
+    with pytest.raises(ValueError, match=rf"^{path} .* is truncated .*; delete it, or choose another output_dir"):
         check_output_folder(config)
     path.rename(folder / "other.safetensors")
     (folder / "checkpoint-5").mkdir()

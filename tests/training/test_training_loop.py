@@ -274,6 +274,15 @@ def test_ctrl_c_before_the_first_checkpoint(run, stop, caplog):
     assert "stopped at step 1; it has no checkpoint yet." in caplog.text
 
 
+def test_what_ctrl_c_is_answered_has_a_line_of_its_own(run, stop, monkeypatch, capsys):
+    before = []
+    monkeypatch.setattr(training_loop.logger, "warning", lambda line: before.append(capsys.readouterr().err))
+    stop(2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert before[0].endswith("\n")
+
+
 def test_ctrl_c_does_not_name_the_checkpoint_of_another_training(run, stop, caplog):
     run(checkpointing_steps=2)
     stop(1, KeyboardInterrupt())
@@ -346,6 +355,16 @@ def test_the_latest_of_no_checkpoints_begins_anew_with_a_line(run, caplog):
     expected = run().read_bytes()
     assert run(resume_from_checkpoint="latest").read_bytes() == expected
     assert "output has no checkpoint to resume from, so the training begins anew." in caplog.text
+
+
+def test_a_checkpoint_of_a_later_step_than_the_last_is_refused(run):
+    path = run(checkpointing_steps=2)
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 is of step 4, and max_train_steps is 3; give at least 4, or an"
+    ):
+        run(max_train_steps=3, resume_from_checkpoint="latest")
+    assert path.read_bytes() == before
 
 
 def test_training_resumes_only_with_its_own_number_of_processes_and_steps(run, monkeypatch):
@@ -702,6 +721,7 @@ def test_the_pipeline_is_left_as_it_was(run, stop, pipeline, generate, error):
         ({"initial_embedding": "nowhere.bin"}, FileNotFoundError, "no Textual Inversion file nowhere.bin"),
         ({"covariance": "nowhere.txt"}, ValueError, "nowhere.txt is not a file"),
         ({"resume_from_checkpoint": "checkpoint-7"}, FileNotFoundError, "no checkpoint 'checkpoint-7'"),
+        ({"resume_from_checkpoint": ""}, ValueError, "is not a complete checkpoint"),
         ({"output_dir": "{tmp_path}/captions.txt"}, OSError, "captions.txt"),
     ],
 )
