@@ -37,17 +37,17 @@ def concepts(tmp_path, make_concept):
 
 @pytest.fixture
 def generate(tmp_path, model_folder, concepts):
-    """Run `perfusion generate` into a new folder, and give its files by name."""
+    """Run `perfusion generate` into a folder, by default a new one, and give its files by name."""
     runs = []
 
-    def run(*arguments, concepts=concepts, prompts=("a <my-cat> on the beach",)):
+    def run(*arguments, concepts=concepts, prompts=("a <my-cat> on the beach",), folder=None):
         runs.append(1)
-        folder = tmp_path / f"generated-{len(runs)}"
+        folder = folder or tmp_path / f"generated-{len(runs)}"
         command = ["generate", "--pretrained_model_name_or_path", str(model_folder), "--num_inference_steps", "2"]
         command += [text for concept in concepts for text in ("--concept", concept)]
         command += [text for prompt in prompts for text in ("--prompt", prompt)]
-        assert main([*command, "--output_dir", str(folder), *arguments]) == 0
-        return {path.name: path.read_bytes() for path in sorted(folder.glob("*"))}
+        assert main([*command, f"--output_dir={folder}", *arguments]) == 0
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).expanduser().iterdir())}
 
     return run
 
@@ -190,16 +190,21 @@ def test_generated_images_replace_no_others(generate, tmp_path):
     folder.mkdir()
     for name in ("41-a-cat.jpg", "notes.txt", "7.png"):
         (folder / name).touch()
-    same = ["--output_dir", str(folder)]
-    generate(*same, prompts=("a <my-cat>", "a <my-dog>"))
+    generate(prompts=("a <my-cat>", "a <my-dog>"), folder=folder)
     first = {path.name: path.read_bytes() for path in folder.glob("0*.png")}
     assert sorted(first) == ["00-a-my-cat.png", "01-a-my-dog.png"]
-    generate(*same, "--seed", "1", "--num_images_per_prompt", "2", prompts=("a <my-cat>",))
-    generate(*same, prompts=("a <my-cat>",))
+    generate("--seed", "1", "--num_images_per_prompt", "2", prompts=("a <my-cat>",), folder=folder)
+    generate(prompts=("a <my-cat>",), folder=folder)
     second = {path.name: path.read_bytes() for path in folder.glob("0*.png")}
     assert sorted(second.keys() - first.keys()) == ["02-a-my-cat-0.png", "02-a-my-cat-1.png", "03-a-my-cat.png"]
     assert second.items() >= first.items()
     assert second["03-a-my-cat.png"] == first["00-a-my-cat.png"]
+
+
+def test_the_home_folder_in_a_flag_is_that_of_the_user(generate, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = generate(folder="~/pictures")
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == list(files) == ["00-a-my-cat-on-the-beach.png"]
 
 
 def test_a_long_prompt_in_any_script_names_an_image(generate):
@@ -470,6 +475,10 @@ def test_bad_input_of_generate(model_folder, concepts, capsys, tmp_path):
     for name in ("num_inference_steps", "num_images_per_prompt"):
         assert f"{name} is 0; expected at least 1" in failed(
             [*command, "--concept", concepts[0], f"--{name}", "0"], capsys
+        )
+    for scale in ("inf", "nan"):
+        assert f"guidance_scale is {scale}; expected a finite number" in failed(
+            [*command, "--concept", concepts[0], "--guidance_scale", scale], capsys
         )
     for seed in (-1, 2**64):
         assert f"seed is {seed}; expected 0 to" in failed(

@@ -1,7 +1,13 @@
 """Functions that several commands use."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+
+def folder(text: str) -> Path:
+    """Return the folder that a flag names; the shell leaves the `~` in `--output_dir=~/images` as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def from_pretrained(base: str, **options: Any) -> Any:

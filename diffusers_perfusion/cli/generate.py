@@ -1,6 +1,7 @@
 """`perfusion generate`."""
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 from ..files import check_writable, slug, to_png, write_atomically
 from ..training.config import MAX_SEED
-from .common import describe, from_pretrained, place
+from .common import describe, folder, from_pretrained, place
 
 _EXAMPLE = """example:
   perfusion generate --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -45,7 +46,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--seed", type=int, default=0, help="Seed of each prompt. Default: 0.")
     images.add_argument(
         "--output_dir",
-        type=Path,
+        type=folder,
         default=Path("."),
         help="Folder for the images, which are numbered after those in it. Default: this one.",
     )
@@ -67,6 +68,8 @@ def generate(
     for name in ("num_inference_steps", "num_images_per_prompt"):
         if options[name] < 1:
             raise ValueError(f"{name} is {options[name]}; expected at least 1")
+    if not math.isfinite(options["guidance_scale"]):
+        raise ValueError(f"guidance_scale is {options['guidance_scale']}; expected a finite number")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed is {seed}; expected 0 to {MAX_SEED}")
     check_writable(output_dir)

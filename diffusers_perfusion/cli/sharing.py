@@ -7,7 +7,7 @@ from typing import Any
 
 from ..concept_file import WEIGHT_NAME, ConceptHeader, check_same_token, find_local_file, printable
 from ..files import write_atomically
-from .common import describe
+from .common import describe, folder
 
 # How many entries of `training` are printed; a training writes fewer.
 MAX_ENTRIES = 50
@@ -104,7 +104,7 @@ def add_pull_arguments(parser: argparse.ArgumentParser) -> None:
     _add_file_arguments(parser)
     parser.add_argument("--force_download", action="store_true", help="Download even what is in the cache.")
     parser.add_argument("--cache_dir", help="Folder of the cache.")
-    parser.add_argument("--output_dir", type=Path, default=Path("."), help="Folder for the file. Default: this one.")
+    parser.add_argument("--output_dir", type=folder, default=Path("."), help="Folder for the file. Default: this one.")
 
 
 def pull(repo_id: str, output_dir: Path, **options: Any) -> None:

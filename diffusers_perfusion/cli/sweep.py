@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..concept_file import WEIGHT_NAME
-from .common import describe, load_pipeline, place
+from .common import describe, folder, load_pipeline, place
 
 _EXAMPLE = """example:
   perfusion sweep --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -51,7 +51,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--batch_size", type=int, default=4, help="Images in a batch, per process. Default: 4.")
     images.add_argument(
         "--output_dir",
-        type=Path,
+        type=folder,
         default=Path("sweep"),
         help="Folder for images, scores and plots; a stopped sweep resumes there. Default: sweep.",
     )

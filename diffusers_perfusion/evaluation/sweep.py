@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -275,6 +276,8 @@ def sweep(
     for name, value in {"num_inference_steps": num_inference_steps, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number")
     for prompt in prompts:
         if token not in prompt:
             raise ValueError(f"the prompt {prompt!r} does not contain the placeholder token {token}")

@@ -70,7 +70,7 @@ def read_concepts_table(path: str | os.PathLike, settings: Mapping[str, Any]) ->
             token = given["placeholder_token"]
             if not (name := own.get("output_dir", slug(token))):
                 raise ValueError(f"{token!r} has no letters to name a folder by; add a column output_dir")
-            config = TrainingConfig(**given | {"output_dir": str(parent / name)})
+            config = TrainingConfig(**given | {"output_dir": str(parent / os.path.expanduser(name))})
         except ValueError as error:
             raise ValueError(f"line {line} of {path}: {error}") from error
         places = [Path(config.output_dir).resolve(), *([config.hub_model_id] if config.hub_model_id else [])]
@@ -181,18 +181,18 @@ def train_concepts(pipeline: Any, configs: Sequence[TrainingConfig]) -> None:
     with state.split_between_processes(remaining) as share:
         for config in share:
             latest = "latest" if list_checkpoints(config.output_dir) else None
-            accelerator = None
             try:
                 accelerator = SingleProcess(make_accelerator(config))
-                train(pipeline, replace(config, resume_from_checkpoint=latest), accelerator)
+                try:
+                    train(pipeline, replace(config, resume_from_checkpoint=latest), accelerator)
+                finally:
+                    for tracker in accelerator.trackers:
+                        tracker.finish()
             except Exception as error:  # whatever it is, the others are trained
                 told = isinstance(error, (ValueError, OSError, RuntimeError))
                 sentence = " ".join((str(error) if told else repr(error)).split())
                 errors.append((config.output_dir, sentence))
                 logger.error(f"{config.output_dir}: {sentence}", exc_info=not told)
-            finally:
-                for tracker in accelerator.trackers if accelerator is not None else ():
-                    tracker.finish()
     # A launcher stops all processes when one fails, so every process fails, and only when all are through.
     errors = gather_object(errors)
     if errors:

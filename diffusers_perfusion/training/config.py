@@ -3,6 +3,7 @@
 The flags of `perfusion train` are made of it, so this module imports neither torch nor diffusers.
 """
 
+import os
 import types
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +48,17 @@ _NOT_IN_RECIPE = {
     "hub_private",
     "hub_license",
 }
+
+# Settings that may be paths, in which `~` is the home folder.
+_PATHS = (
+    "pretrained_model_name_or_path",
+    "instance_data_dir",
+    "output_dir",
+    "initial_embedding",
+    "covariance",
+    "mask",
+    "resume_from_checkpoint",
+)
 
 # Groups of the settings in the help, by the name in their metadata.
 GROUPS = {
@@ -177,6 +189,9 @@ class TrainingConfig:
     allow_tf32: bool = _option("machine", "Allow TF32 on Ampere and later GPUs during training.", False)
 
     def __post_init__(self) -> None:
+        for name in _PATHS:  # a table, and a flag with "=", come without the shell's expansion
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, os.path.expanduser(path))
         for name in (
             "train_batch_size",
             "max_train_steps",

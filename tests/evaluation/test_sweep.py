@@ -285,6 +285,7 @@ def test_processes_share_the_work(run, tmp_path):
         ({"temperatures": [0]}, "temperature is 0"),
         ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; expected at least 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; expected a finite number"),
         ({"locking": "loose"}, "locking is 'loose'"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
-from test_validation import Album
+from test_validation import Album, Numbers
 
 from diffusers_perfusion.training import (
     PerfusionTrainer,
@@ -72,6 +72,15 @@ def test_columns_may_name_folders_and_prompts(table):
     first, second = read_concepts_table(path, common)
     assert first.output_dir == str(Path("perfusion-concept/a/b")) and first.validation_prompt == ["a <my-cat>"]
     assert second.output_dir == str(Path("perfusion-concept/c")) and second.validation_prompt == []
+
+
+def test_the_home_folder_in_a_table_is_that_of_the_user(table, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = table("placeholder_token,instance_data_dir,output_dir", "<a>,~/a,~/out/a", "<b>,~/b,")
+    common = {"pretrained_model_name_or_path": "tiny", "superclass": "cat", "output_dir": "~/out"}
+    first, second = read_concepts_table(path, common)
+    assert (first.instance_data_dir, first.output_dir) == ("/home/me/a", "/home/me/out/a")
+    assert (second.instance_data_dir, second.output_dir) == ("/home/me/b", "/home/me/out/b")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +214,20 @@ def test_no_error_in_one_concept_stops_the_others(pipeline, configs, stop, caplo
     assert "Traceback" in caplog.text
 
 
+def test_a_tracker_that_cannot_end_stops_no_other_concept(pipeline, configs, monkeypatch):
+    """As one that writes its last lines to a full disk."""
+
+    def fail(self):
+        if not files(configs)[1].exists():
+            raise OSError("no space left")
+
+    monkeypatch.setattr(Numbers, "finish", fail)
+    monkeypatch.setattr(concepts_table, "make_accelerator", lambda config: Accelerator(log_with=Numbers()))
+    with pytest.raises(RuntimeError, match=r"1 of 2 concepts .*my-cat \(no space left\)$"):
+        train_concepts(pipeline, configs)
+    assert all(path.exists() for path in files(configs))
+
+
 def test_a_full_disk_at_one_concept_does_not_stop_the_others(pipeline, configs, monkeypatch, full_disk, caplog):
     step, disk = PerfusionTrainer.step, ExitStack()
 
@@ -233,8 +256,7 @@ def test_a_file_that_is_not_the_concept_of_its_line_is_not_skipped(pipeline, con
     make_concept("<my-dog>").save(other)
     make_concept("<my-dog>").save(damaged).write_bytes(b"")
     with pytest.raises(
-        RuntimeError,
-        match=rf"2 of 2 concepts .* \({other} is of <my-dog>, .* \({damaged} is not .* truncated .*; delete it",
+        RuntimeError, match=rf"2 of 2 concepts .* \({other} is of <my-dog>, .* \({damaged} .* truncated .*; delete it"
     ):
         train_concepts(pipeline, configs)
 

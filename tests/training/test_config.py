@@ -78,6 +78,16 @@ def test_a_setting_out_of_range_is_named(name, value):
         TrainingConfig(**REQUIRED | {name: value})
 
 
+def test_the_home_folder_is_that_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = TrainingConfig(**REQUIRED | {"instance_data_dir": "~/images", "output_dir": "~/out", "mask": "~/masks"})
+    assert (config.instance_data_dir, config.output_dir, config.mask) == (
+        "/home/me/images",
+        "/home/me/out",
+        "/home/me/masks",
+    )
+
+
 def test_learning_rate_sets_both():
     config = TrainingConfig(**REQUIRED, learning_rate=0.01)
     assert config.value_learning_rate == 0.01
