@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils import load_image, logging
+from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import save as serialize
 from tqdm.auto import tqdm
@@ -22,6 +22,7 @@ from ..files import slug, to_png, write_atomically
 from ..loaders import add_perfusion
 from ..model_families import edited_model
 from ..registry import Locking
+from ..training.images import read_image
 from .contact_sheet import make_contact_sheet
 from .metrics import ConceptMetrics, Mean, Scores, bootstrap_mean, mean_scores, superclass_prompt
 
@@ -390,7 +391,7 @@ def _score(
     rows, images = [], []
     for group in tqdm(groups, desc="Scores"):
         scores = metrics.score(
-            [load_image(str(folder / task.file)) for task in group],
+            [read_image(folder / task.file) for task in group],
             [superclass_prompt(task.prompt, superclasses) for task in group],
         )
         by_prompt: dict[str, list[Scores]] = {}
@@ -430,7 +431,7 @@ def _contact_sheet(folder: Path, groups: Sequence[Sequence[_Task]], best: SweepR
         if best and (bias, temperature) == (best.bias, best.temperature):
             label += "\nbest"
         tasks = [task for task in group if task.seed == seed]
-        rows.append((label, [load_image(str(folder / task.file)) for task in tasks]))
+        rows.append((label, [read_image(folder / task.file) for task in tasks]))
         captions = [task.prompt for task in tasks]
     return make_contact_sheet(rows, captions, label_width=120)
 

@@ -219,6 +219,14 @@ def test_a_crash_leaves_no_part_of_a_file(run, monkeypatch, tmp_path):
     assert len(held) == 2 and "settings.json" in held
 
 
+def test_an_image_that_was_damaged_is_named(run, tmp_path):
+    run()
+    path = min((tmp_path / "sweep" / "images").rglob("*.png"))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=rf"^{path} cannot be read as an image"):
+        run()
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
