@@ -9,9 +9,7 @@ are pickles, read with `weights_only=True`, so no code in them can run. What the
 """
 
 import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from diffusers_perfusion.attention_processor import check_concept_fits
 from diffusers_perfusion.concept_file import check_token_and_superclass
 from diffusers_perfusion.model_families import edited_model, family_of
 from diffusers_perfusion.training.superclass import superclass_input
+from diffusers_perfusion.training.tensor_files import read_tensors
 
 CHENDARYEN = "ChenDarYen/Key-Locked-Rank-One-Editing-for-Text-to-Image-Personalization"
 LUCIDRAINS = "lucidrains/perfusion-pytorch"
@@ -68,8 +67,6 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a checkpoint of {CHENDARYEN} or {LUCIDRAINS}")
-    if (size := unpacked_size(path)) > MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes; such a checkpoint has at most {MAX_BYTES}")
     model, family = edited_model(pipeline), family_of(pipeline)
     if family.name != "Stable Diffusion":
         raise ValueError(f"{path} is converted for Stable Diffusion 1 or 2; the model given is {family.name}")
@@ -77,11 +74,9 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
     layers = {name: layer.inner_kv_dim for name, layer in family.layers.items()}
     try:
         with torch.serialization.safe_globals([nn.ParameterDict]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_tensors(path, MAX_BYTES)
         read = read_chendaryen if "target_output" in state else read_lucidrains
         contents = read(state, width, layers)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is broken, or holds more than tensors, which could run code; not read") from error
     except Exception as error:  # each kind of damage has an error of its own
         raise ValueError(
             f"{path} is not a whole checkpoint of one concept by a known author for such a model: {error!r:.300}"
@@ -105,14 +100,6 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
     )
     check_concept_fits(concept, model, family.layers)
     return concept, f"{path} is of {contents.author}: {contents.lost}."
-
-
-def unpacked_size(path: Path) -> int:
-    """Return how many bytes a checkpoint has, of a zip file after unpacking it."""
-    if not zipfile.is_zipfile(path):
-        return path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        return sum(entry.file_size for entry in archive.infolist())
 
 
 def read_chendaryen(state: Mapping[str, Any], width: int, layers: Mapping[str, int]) -> Contents:

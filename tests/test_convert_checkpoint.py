@@ -240,7 +240,7 @@ def test_a_zip_file_that_unpacks_to_gigabytes_is_not_read(pipeline, tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(script.MAX_BYTES + 1))
     assert path.stat().st_size < 2**20
-    with pytest.raises(ValueError, match=f"has {script.MAX_BYTES + 1} bytes; such a checkpoint has at most"):
+    with pytest.raises(ValueError, match=f"it has {script.MAX_BYTES + 1} bytes; expected at most {script.MAX_BYTES}"):
         script.convert(path, pipeline, "<my-cat>", "cat")
 
 
@@ -260,6 +260,10 @@ def test_what_is_not_such_a_file(
     with pytest.raises(ValueError, match="broken, or holds more than tensors"):
         script.convert(tmp_path / "plain.ckpt", pipeline, "<my-cat>", None)
     assert "stranger" not in capfd.readouterr().out
+    content = bytearray((tmp_path / "other.ckpt").read_bytes())
+    (tmp_path / "cut.ckpt").write_bytes(content.replace(b"PK\x01\x02", b"\0\0\0\0"))  # a broken list of its parts
+    with pytest.raises(ValueError, match="is not a whole checkpoint of one concept"):
+        script.convert(tmp_path / "cut.ckpt", pipeline, "<my-cat>", "cat")
     two = lucidrains | {"embed_params": random(2, WIDTH)}
     damaged = [{}, [], {"target_output": {}}, chendaryen | {"target_output": {}}, two]
     damaged += [chendaryen | {"C_inv": torch.eye(WIDTH + 1)}]
@@ -273,5 +277,5 @@ def test_what_is_not_such_a_file(
     with pytest.raises(ValueError, match=r"of \(4, 16\) where numbers of the shape \(4, 8\) are expected"):
         read(chendaryen, pipe=narrow)
     monkeypatch.setattr(script, "MAX_BYTES", 100)
-    with pytest.raises(ValueError, match="bytes; such a checkpoint has at most 100"):
+    with pytest.raises(ValueError, match="bytes; expected at most 100"):
         read(chendaryen)

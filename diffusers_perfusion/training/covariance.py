@@ -10,7 +10,6 @@ Elsewhere the gate stays at its floor of 0.018 in each case.
 import hashlib
 import itertools
 import os
-import pickle
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch
 from diffusers.utils import logging
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,6 +27,7 @@ from tqdm.auto import tqdm
 from ..files import delete_temporaries, write_atomically
 from ..model_families import ModelFamily
 from .captions import generate_captions
+from .tensor_files import check_extent, read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +110,7 @@ def invert(covariance: Tensor) -> Tensor:
 def load_covariance(path: str | os.PathLike) -> Tensor:
     """Read `C` from a `.npy`, `.pt` or `.safetensors` file with one matrix.
 
-    A `.npy` is read without pickled objects and a `.pt` with `weights_only=True`, so that no code in them can run.
+    No code in them can run.
 
     Raises:
         ValueError: if the file is of another kind or does not hold one matrix.
@@ -120,21 +119,17 @@ def load_covariance(path: str | os.PathLike) -> Tensor:
     try:
         if path.suffix == ".npy":
             content: Any = torch.from_numpy(np.load(path, allow_pickle=False))
-        elif path.suffix == ".pt":
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        elif path.suffix == ".safetensors":
-            content = load_file(path)
+        elif path.suffix in (".pt", ".safetensors"):
+            content = read_tensors(path)
         else:
             raise ValueError(f"its suffix is {path.suffix!r}; expected .npy, .pt or .safetensors")
         if isinstance(content, dict) and len(content) == 1:
             content = next(iter(content.values()))
         if not isinstance(content, Tensor):
             raise ValueError("it does not hold one matrix")
-        return check_covariance(content.float())
+        return check_covariance(check_extent(content).float())
     except FileNotFoundError:
         raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, which could run code; expected one matrix") from error
     except Exception as error:  # each reader has errors of its own for a broken file
         raise ValueError(f"{path} is not a covariance file: {error}") from error
 

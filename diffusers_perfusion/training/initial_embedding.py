@@ -1,19 +1,17 @@
 """The token embeddings that a training starts from."""
 
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..model_families import ModelFamily
 from ..placeholder_tokens import known_token
 from .config import TrainingConfig
 from .superclass import TEMPLATES, superclass_embeddings
+from .tensor_files import check_extent, read_tensors
 
 # Keys of the two embeddings in a Textual Inversion file for two text encoders, in the order of the encoders.
 _TWO_ENCODERS = ("clip_l", "clip_g")
@@ -22,8 +20,7 @@ _TWO_ENCODERS = ("clip_l", "clip_g")
 def load_embeddings(path: str | os.PathLike) -> list[Tensor]:
     """Read the vectors of a Textual Inversion file, one per text encoder, `(d_token,)` each.
 
-    Files of diffusers (`.safetensors`, `.bin`) and of A1111 (`.pt`) are read. A pickle is read with
-    `weights_only=True`, so that no code in it can run.
+    Files of diffusers (`.safetensors`, `.bin`) and of A1111 (`.pt`) are read, without running code in them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -33,20 +30,15 @@ def load_embeddings(path: str | os.PathLike) -> list[Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no Textual Inversion file {path}")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
         content = content.get("string_to_param", content)
         names = _TWO_ENCODERS if content.keys() == set(_TWO_ENCODERS) else tuple(content)
         if len(names) != 1 and names is not _TWO_ENCODERS:
             raise ValueError(f"it has {len(names)} tensors")
-        vectors = [content[name].detach().float().squeeze() for name in names]
+        vectors = [check_extent(content[name]).detach().float().squeeze() for name in names]
         for vector in vectors:
             if vector.ndim != 1 or not torch.isfinite(vector).all():
                 raise ValueError(f"its tensor is of shape {tuple(vector.shape)}")
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, which could run code; expected one embedding") from error
     except Exception as error:  # each reader has errors of its own for a broken file
         raise ValueError(f"{path} does not hold one finite vector of Textual Inversion: {error}") from error
     return vectors

@@ -42,6 +42,7 @@ class Code:
         ({"one": VECTOR / 0}, "does not hold one finite vector"),
         ([VECTOR], "does not hold one finite vector"),
         ({"one": Code()}, "which could run code"),
+        ({"one": VECTOR[:1].expand(2**40)}, r"of shape \(1099511627776,\), but only 32 of its numbers are there"),
         (None, "could run code"),  # of no format: torch cannot tell it from a pickle
     ],
 )
