@@ -46,11 +46,16 @@ class BoundedHub:
         endpoint: address of the Hub; by default the client's.
         max_bytes: how many bytes all answers together may have.
         payload: bytes of the files that the task uploads or downloads, which give it more time.
+
+    Raises:
+        ValueError: if the token cannot be one. The client would show it in an error.
     """
 
     def __init__(
         self, *, token: str | bool | None = None, endpoint: str | None = None, max_bytes: int, payload: int = 0
     ):
+        if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ValueError("token= has a space, a line end or a letter that no access token has; copy it again")
         self.api = HfApi(endpoint=endpoint, token=token)
         self._seconds = SECONDS + payload // BYTES_PER_SECOND
         self._deadline = time.monotonic() + self._seconds

@@ -314,7 +314,7 @@ def _parse_description(text: Any) -> dict[str, Any]:
         "width": int,
     }
     if description.keys() != expected.keys():
-        raise ValueError(f"the header describes {sorted(description)}; expected {sorted(expected)}")
+        raise ValueError(f"the header describes {printable(sorted(description))}; expected {sorted(expected)}")
     for name, kind in expected.items():
         if not isinstance(description[name], kind):
             raise ValueError(f"{name} in the header is {description[name]!r:.80}, which is of the wrong type")
@@ -343,5 +343,5 @@ def _check_json(name: str, value: Any, depth: int) -> None:
 def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> float:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not (is_number and bounds[0] <= value <= bounds[1]):
-        raise ValueError(f"{name} is {value!r}; expected a number from {bounds[0]} to {bounds[1]}")
+        raise ValueError(f"{name} is {value!r:.80}; expected a number from {bounds[0]} to {bounds[1]}")
     return float(value)

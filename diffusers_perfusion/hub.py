@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 from PIL import Image
 
 from .bounded_hub import BoundedHub, OddAnswerError
@@ -362,6 +362,10 @@ def _repository(api: HfApi, repo_id: str, revision: str | None = None) -> ModelI
     files = info.siblings or []
     if not all(isinstance(name, str) for name in (info.id, info.sha, *(file.rfilename for file in files))):
         raise TypeError("a name is no text")
+    try:
+        validate_repo_id(info.id)
+    except HFValidationError as error:  # which would read as if the user's id were wrong
+        raise TypeError(f"{info.id!r} is no id") from error
     if not all(isinstance(file.size, int | None) for file in files):
         raise TypeError("a size is no number")
     return info

@@ -179,6 +179,15 @@ def other(hub):
     server.server_close()
 
 
+@pytest.mark.parametrize("token", ["hf_secret\n", " hf_secret", "hf_secret é"])
+def test_a_token_that_was_copied_badly_is_not_shown(hub, token):
+    for ask in (lambda: find_concept_file("me/my-cat", token=token), lambda: search_concepts(token=token)):
+        with pytest.raises(ValueError, match="no access token has; copy it again") as caught:
+            ask()
+        assert "secret" not in str(caught.value)
+    assert not hub.requests
+
+
 def test_a_page_elsewhere_does_not_get_the_token(hub, other, tasks):
     def lead_away(handler):
         handler.content, handler.forged = b"[]", {"Link": f'<{other.endpoint}/api/models?page=2>; rel="next"'}
@@ -276,6 +285,8 @@ MODEL = {"id": "me/my-cat", "sha": "a" * 40, "siblings": [], "private": False, "
     "field",
     [
         *({name: value} for name in MODEL for value in (None, 5, "a", [5], {"a": 5}, [[]])),
+        {"id": "me/\x1b[2J"},
+        {"id": "../../me"},
         {"siblings": [{"rfilename": 5}]},
         {"siblings": [{"rfilename": "README.md", "size": "large"}]},
         {"siblings": [{"rfilename": WEIGHT_NAME, "lfs": 5}]},

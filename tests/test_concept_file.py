@@ -50,6 +50,10 @@ def refuse_header(path, match=None):
     """Load a file and read its header alone, which must fail in the same way."""
     message = refuse(path, match)
     assert refuse(path, match, ConceptHeader.read) == message
+    content = path.read_bytes()
+    with pytest.raises(ValueError) as caught:  # as of a file on the Hub
+        ConceptHeader.from_bytes(content, len(content))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
     return message
 
 
