@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention_processor import check_concept_fits
 from .concept import PerfusionConcept
-from .concept_file import WEIGHT_NAME, check_bias, check_same_token, check_temperature
+from .concept_file import WEIGHT_NAME, check_bias, check_same_token, check_temperature, printable
 from .model_card import is_hub_id
 from .model_families import edited_model, family_of
 from .model_hooks import attach, check_processors, detach
@@ -58,7 +58,14 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
         options = {name: kwargs[name] for name in names if name in kwargs}
-        for name, weight_name in saved_concepts(source, **options).items():
+        concepts = saved_concepts(source, **options)
+        if concepts and pipeline.list_perfusion():
+            logger.warning(
+                f"The concepts that were saved with {source} are not loaded, because the model that was given for its "
+                "own has concepts, and keeps them."
+            )
+            return pipeline
+        for name, weight_name in concepts.items():
             pipeline.load_perfusion(source, name, weight_name=weight_name, subfolder=FOLDER, **options)
         return pipeline
 
@@ -122,7 +129,9 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
                     local_files_only=local_files_only,
                 )
             check_concept_fits(concept, model, family.layers)
-            _warn_of_another_base_model(concept, getattr(self.config, "_name_or_path", ""))  # type: ignore[attr-defined]
+            base_model = getattr(self.config, "_name_or_path", "")  # type: ignore[attr-defined]
+            if item != base_model:  # or it was saved with this very pipeline
+                _warn_of_another_base_model(concept, base_model)
             if new_token is not None:
                 concept = replace(concept, placeholder_token=new_token)
             name = name or concept.placeholder_token.strip("<>") or concept.placeholder_token
@@ -381,7 +390,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         registry = self._registry(action)
         if concept_name is None:
             if len(registry.loaded) > 1:
-                raise ValueError(f"several concepts are loaded; name one of {', '.join(registry.loaded)}")
+                raise ValueError(f"several concepts are loaded; name one of {printable(', '.join(registry.loaded))}")
             concept_name = next(iter(registry.loaded))
         self._check_loaded([concept_name])
         return registry.loaded[concept_name].concept
@@ -396,7 +405,8 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         loaded = self.list_perfusion()
         for name in names:
             if name not in loaded:
-                raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(loaded) or 'none'}")
+                there = printable(", ".join(loaded)) or "none"
+                raise ValueError(f"no concept named {name!r} is loaded; loaded are: {there}")
 
 
 def _warn_of_another_base_model(concept: PerfusionConcept, name: str) -> None:

@@ -60,16 +60,23 @@ def saved_concepts(source: str | os.PathLike, **hub_options: Any) -> dict[str, s
         hub_options: as `huggingface_hub.hf_hub_download` takes them.
 
     Raises:
+        FileNotFoundError: if a file in the list is not in the folder.
         ValueError: if there is a list of concepts and it cannot be read.
     """
     folder = Path(source) / FOLDER
     if os.path.isdir(source):
         names = _read_index(folder / _INDEX)
+        for file in names.values():
+            if not (folder / file).is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {printable(file)}, a concept that was saved with the pipeline; put it back, or "
+                    f"delete its line in {_INDEX}"
+                )
         others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in names.values())
         if others:
             logger.warning(
-                f"{folder} has {', '.join(others)} beside the concepts that were saved with the pipeline; load such a "
-                "file with load_perfusion()."
+                f"{folder} has {printable(', '.join(others))} beside the concepts that were saved with the pipeline; "
+                "load such a file with load_perfusion()."
             )
         return names
     try:

@@ -65,6 +65,42 @@ def test_files_of_others_stay_and_are_named(pipeline, cat, dog, tmp_path, caplog
     assert held(tmp_path) == [INDEX, "my-cat.safetensors"] and saved_concepts(tmp_path) == {}
 
 
+def test_a_file_that_was_deleted_by_hand_is_named(pipeline, cat, dog, tmp_path):
+    pipeline.load_perfusion([cat, dog])
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / FOLDER / "my-cat.safetensors").unlink()
+    match = r"perfusion has no my-cat\.safetensors, .*; put it back, or delete its line in concepts\.json"
+    with pytest.raises(FileNotFoundError, match=match):
+        PerfusionPipeline.from_pretrained(tmp_path)
+    index = tmp_path / FOLDER / INDEX
+    index.write_text(
+        json.dumps({name: file for name, file in json.loads(index.read_text()).items() if name != "my-cat"})
+    )
+    assert PerfusionPipeline.from_pretrained(tmp_path).list_perfusion() == ["my-dog"]
+
+
+def test_a_model_that_is_given_keeps_its_own_concepts(pipeline, cat, dog, make_concept, tmp_path, caplog):
+    pipeline.load_perfusion([cat, dog])
+    pipeline.save_pretrained(tmp_path)
+    pipeline.delete_perfusion("my-dog")
+    again = PerfusionPipeline.from_pretrained(tmp_path, unet=pipeline.unet)
+    assert again.list_perfusion() == pipeline.list_perfusion() == ["my-cat"]
+    assert f"saved with {tmp_path} are not loaded" in caplog.text
+
+
+def test_a_name_that_could_control_a_terminal_is_not_printed(pipeline, cat, tmp_path):
+    """A list of concepts may be a stranger's."""
+    save_concepts(tmp_path, {"\x1b[2J": cat, "b": cat})
+    pipeline.load_perfusion(
+        tmp_path, next(iter(saved_concepts(tmp_path))), subfolder=FOLDER, weight_name="2J.safetensors"
+    )
+    pipeline.load_perfusion(cat, "b", "<other>")
+    for call in (lambda: pipeline.delete_perfusion("c"), lambda: pipeline.save_perfusion(tmp_path)):
+        with pytest.raises(ValueError, match="loaded") as caught:
+            call()
+        assert str(caught.value).isprintable()
+
+
 def test_a_pipeline_without_concepts_has_no_folder(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     assert not (tmp_path / FOLDER).exists()
@@ -110,14 +146,17 @@ def test_a_list_that_is_none(cat, tmp_path, written):
 @pytest.fixture
 def whole(hub, pipeline, cat, dog):
     """A pipeline on the Hub with two concepts."""
+    cat.base_model = "me/tiny"
     pipeline.load_perfusion([cat, dog], ["rex", None])
     pipeline.push_to_hub("me/whole", token=TOKEN)
     hub.requests.clear()
     return "me/whole"
 
 
-def test_a_pushed_pipeline_comes_with_its_concepts(hub, whole, pipeline, tmp_path):
+def test_a_pushed_pipeline_comes_with_its_concepts(hub, whole, pipeline, tmp_path, caplog):
+    caplog.clear()
     loaded = PerfusionPipeline.from_pretrained(whole, cache_dir=tmp_path / "cache", token=TOKEN)
+    assert "was trained on" not in caplog.text  # another repository, but with this very pipeline
     assert loaded.list_perfusion() == ["rex", "my-dog"]
     assert {token for _, path, token, _ in hub.requests if FOLDER in path} == {TOKEN}
     hub.requests.clear()
