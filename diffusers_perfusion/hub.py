@@ -407,10 +407,15 @@ def _readme_after(
             sweep = ()
         earlier = make_card(repository.id, list(before.values())) if before else None
         merge_card(readme, make_card(repository.id, entries, license, sweep), earlier)
-        if "license" not in card_metadata(readme):
+        if (shown := card_metadata(readme).get("license")) is None:
             logger.warning(
                 f"The card of {repository.id} names no licence, so nobody knows what they may do with the concept; "
                 "push again with a licence, such as license='cc-by-4.0' (--license cc-by-4.0)."
+            )
+        elif license not in (None, shown):
+            logger.warning(
+                f"The README of {repository.id} is that of a whole model and keeps its licence, {printable(shown)}; "
+                f"write in it that the concept's is {license}."
             )
         return readme.read_bytes()
 

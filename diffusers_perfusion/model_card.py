@@ -117,7 +117,7 @@ def merge_card(readme: Path, card: ModelCard, earlier: ModelCard | None) -> None
 
     The text goes between marks, to the end if there are none yet. Metadata stay if they are not those of the earlier
     card, except for the licence; tags and gallery are added to. The README of a model of another library, such as a
-    whole pipeline, gets no other metadata than these.
+    whole pipeline, keeps its licence too, and gets no metadata but these three.
 
     Args:
         readme: the file; it need not exist.
@@ -153,7 +153,7 @@ def _merge_metadata(held: dict[str, Any], new: dict[str, Any], earlier: dict[str
             ours = {url for metadata in (earlier, new) for _, url in gallery(metadata)}
             others = [entry for entry in held[key] if not {url for _, url in gallery({key: [entry]})} & ours]
             merged[key] = others + new.get(key, [])
-        elif key in new and (key == "license" or held.get(key) == earlier.get(key)):
+        elif key in new and ((key == "license" and is_ours) or held.get(key) == earlier.get(key)):
             merged[key] = new[key]
         elif key not in new and key in held and held[key] == earlier[key]:
             del merged[key]

@@ -262,7 +262,7 @@ def test_what_was_written_by_hand_stays(hub, concept):
     assert {"images/perfusion/rex.png", "rex.txt"} < files(hub).keys()
 
 
-def test_the_readme_of_a_whole_model_stays(hub, concept, pipeline):
+def test_the_readme_of_a_whole_model_stays(hub, concept, pipeline, caplog):
     pipeline.push_to_hub("me/whole", token=TOKEN)
     edit_card(hub, "library_name: diffusers", "library_name: diffusers\nlicense: mit", "me/whole")
     before = card(hub, "me/whole")
@@ -272,6 +272,8 @@ def test_the_readme_of_a_whole_model_stays(hub, concept, pipeline):
         assert "pipe.load_perfusion('me/whole')" in card(hub, "me/whole")
         assert "library_name: diffusers\nlicense: mit\ntags:" in card(hub, "me/whole")
     assert "me/whole" in [found.id for found in search_concepts()]
+    concept.push_to_hub("me/whole", license="cc-by-4.0", token=TOKEN)
+    assert "license: mit" in card(hub, "me/whole") and "keeps its licence, mit; write in it that" in caplog.text
 
 
 def test_the_same_push_twice_is_one(hub, concept):

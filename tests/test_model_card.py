@@ -262,7 +262,10 @@ def test_a_whole_model_stays_what_it_is(readme):
         "widget": CARD.data.widget,
     }
     assert "# A model" in text and "# &#60;my-bear&#62;" in text
+    licensed = make_card("me/my-bear", [ENTRY], license="mit")
     assert "base_model" not in merge(readme, "---\nlibrary_name: diffusers\n---\n")[0]
+    assert merge(readme, "---\nlibrary_name: diffusers\nlicense: other\n---\n", licensed)[0]["license"] == "other"
+    assert merge(readme, "---\nlibrary_name: diffusers\n---\n", licensed)[0]["license"] == "mit"
 
 
 def test_line_ends_stay(readme):
