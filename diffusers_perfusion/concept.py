@@ -191,12 +191,9 @@ class PerfusionConcept(ModelHubMixin):
         """
         tensors = dict(state_dict)
         description = tensors.pop(HEADER_KEY, None)
-        shapes: dict[str, tuple[Any, Sequence[int]]] = {
-            name: (_DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
-            if isinstance(tensor, Tensor)
-            else (type(tensor).__name__, ())
-            for name, tensor in tensors.items()
-        }
+        for name, tensor in tensors.items():
+            _check_tensor(name, tensor)
+        shapes = {name: (_DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
         header = ConceptHeader.parse({HEADER_KEY: description}, shapes)
         return cls._of(header, tensors)
 
@@ -370,7 +367,12 @@ def _check_tensor(name: str, value: Any) -> None:
     """Raise ValueError unless a value is a tensor whose numbers can be read and saved."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{printable(name)} is a {type(value).__name__}; expected a tensor")
-    kinds = {"on meta": value.is_meta, "sparse": value.layout != torch.strided, "quantised": value.is_quantized}
+    kinds = {
+        "nested": value.is_nested,
+        "on meta": value.is_meta,
+        "sparse": value.layout != torch.strided,
+        "quantised": value.is_quantized,
+    }
     if found := [kind for kind, is_it in kinds.items() if is_it]:
         raise ValueError(f"{printable(name)} is {found[0]}; expected an ordinary tensor")
 

@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import io
 import logging
 import os
 import tempfile
@@ -38,6 +37,7 @@ from PIL import Image
 
 from .bounded_hub import BoundedHub, OddAnswerError
 from .concept_file import MAX_FILE_BYTES, MAX_HEADER_BYTES, WEIGHT_NAME, ConceptHeader, find_local_file, printable
+from .files import to_png
 from .model_card import TAGS, CardEntry, card_metadata, gallery, is_hub_id, make_card, merge_card
 
 logger = logging.getLogger(__name__)
@@ -204,9 +204,9 @@ def push_concept_file(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a whole concept file, `weight_name` is not the name of a safetensors file or is that
-            of another concept in the repository, the rows of `sweep` differ, a repository that is to be private is
-            public, or the README there cannot be read.
+        ValueError: if it is not a whole concept file, a sample is no image, `weight_name` is not the name of a
+            safetensors file or is that of another concept in the repository, the rows of `sweep` differ, a repository
+            that is to be private is public, or the README there cannot be read.
         OSError: if the Hub cannot be reached or refuses. The message says what is on the Hub then; the same call can
             be repeated.
     """
@@ -459,10 +459,10 @@ def _is_sample(path: str, weight_name: str) -> bool:
 
 def _png(image: Image.Image) -> bytes:
     """Return an image as PNG without metadata, such as place, date and camera settings."""
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"samples has a {type(image).__name__}; expected pairs of a prompt and an image of Pillow")
     image = image.convert("RGB")
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, "PNG")
-    return buffer.getvalue()
+    return to_png(Image.frombytes("RGB", image.size, image.tobytes()))
 
 
 @contextmanager

@@ -355,7 +355,8 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         Raises:
             ValueError: if the concept is not loaded, or none is named and several are; and as
                 `PerfusionConcept.push_to_hub`.
-            OSError: if the Hub cannot be reached or refuses. It says what is on the Hub then; the same call resumes.
+            OSError: if the Hub cannot be reached or refuses. The message says what is on the Hub then; the same call
+                can be repeated.
         """
         return self._one_concept("push", concept_name).push_to_hub(
             repo_id,

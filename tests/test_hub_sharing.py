@@ -376,6 +376,13 @@ def test_what_is_no_id_is_named(hub, concept, repo_id):
     assert not hub.requests
 
 
+@pytest.mark.parametrize("sample", [("a <my-cat>", "cat.png"), (image(), "a <my-cat>")], ids=["a path", "swapped"])
+def test_a_sample_that_is_no_image(hub, concept, sample):
+    with pytest.raises(ValueError, match="samples has a str; expected pairs of a prompt and an image"):
+        concept.push_to_hub("me/my-cat", samples=[sample], token=TOKEN)
+    assert not hub.requests
+
+
 def test_a_licence_that_the_hub_does_not_know(hub, concept):
     with pytest.raises(OSError, match=r'"license" must be one of \[mit, cc-by-4.0\]; .* holds nothing of this push'):
         concept.push_to_hub("me/my-cat", license="free for all", token=TOKEN)
