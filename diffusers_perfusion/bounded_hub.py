@@ -87,6 +87,8 @@ class BoundedHub:
             raise self._too_slow() from None
         if error is None:
             return answer
+        if time.monotonic() >= self._deadline:  # of which the client may have learned first
+            raise self._too_slow() from error
         for told in (error, error.__cause__):
             # Of requests, the error of a JSON decoder is an OSError too.
             if isinstance(told, (OSError, HTTPError, HFValidationError)) and not isinstance(told, JSONDecodeError):

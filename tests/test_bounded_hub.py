@@ -72,6 +72,18 @@ def test_what_is_left_behind_ends_too(hub, tasks, task, slow, monkeypatch):
     assert len(hub.requests) == asked
 
 
+def test_an_error_when_the_time_is_over_is_that_it_is_over():
+    """The client's own timeout ends at the same moment."""
+    hub = BoundedHub(max_bytes=1)
+
+    def time_out(api):
+        hub._deadline = time.monotonic()
+        raise OSError("timed out")
+
+    with pytest.raises(OSError, match="the Hub took longer than 60 seconds"):
+        hub.ask(time_out)
+
+
 def test_a_file_has_time_by_its_size(monkeypatch):
     monkeypatch.setattr(bounded_hub, "SECONDS", -30)
     over = threading.Event()
