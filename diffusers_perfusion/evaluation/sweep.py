@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from ..concept import PerfusionConcept
 from ..concept_file import HEADER_KEY, ConceptHeader, check_bias, check_temperature
 from ..files import slug, to_png, write_atomically
+from ..image_files import read_image
 from ..loaders import add_perfusion
 from ..model_families import edited_model
 from ..registry import Locking
-from ..training.images import read_image
 from .contact_sheet import make_contact_sheet
 from .metrics import ConceptMetrics, Mean, Scores, bootstrap_mean, mean_scores, superclass_prompt
 

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..image_files import read_image
 from ..model_families import family_of
-from .images import TrainingImage, is_constant, read_image, to_tensor
+from .images import TrainingImage, is_constant, to_tensor
 from .noise_schedule import noise_schedule
 from .superclass import superclass_positions
 

@@ -94,41 +94,6 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert image.alpha is None
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
-    Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "1.png")
-    Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "2.png", transparency=5)
-    for image in read_images(tmp_path, 16):
-        assert np.array_equal(pixels(image), np.full((16, 16, 3), 128))
-
-
-@pytest.mark.parametrize("white", [1, 255, 65535])
-@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint16])
-def test_white_of_floats_and_long_integers_is_the_smallest_that_holds_them(tmp_path, white, kind):
-    grey = np.linspace(0, 255, 256).reshape(16, 16)
-    Image.fromarray((grey / 255 * white).astype(kind)).save(tmp_path / "1.tif")
-    (image,) = read_images(tmp_path, 16)
-    expected = (grey / 255 * white).astype(kind).astype(float) / white * 255
-    assert np.abs(pixels(image)[..., 0] - expected).max() <= 0.5
-
-
-@pytest.mark.parametrize("white", [1, 255, 65535])
-@pytest.mark.parametrize("highlight", [1.02, 1.5, np.inf])
-def test_highlights_of_floats_turn_no_image_black(tmp_path, white, highlight):
-    grey = np.full((16, 16), white / 2, np.float32)
-    grey[0, 0] = white * highlight
-    Image.fromarray(grey).save(tmp_path / "1.tif")
-    (image,) = read_images(tmp_path, 16)
-    assert pixels(image)[0, :2, 0].tolist() == [255, 128]
-
-
-def test_floats_that_are_no_numbers_are_black(tmp_path):
-    grey = np.full((16, 16), 0.5, np.float32)
-    grey[0, 0], grey[0, 1], grey[0, 2] = np.nan, -np.inf, -3
-    Image.fromarray(grey).save(tmp_path / "1.tif")
-    (image,) = read_images(tmp_path, 16)
-    assert pixels(image)[0, :4, 0].tolist() == [0, 0, 0, 128]
-
-
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB"])
 def test_transparency_becomes_alpha_over_grey(tmp_path, kind):
     image = Image.new("RGBA", (16, 16), (200, 200, 200, 255))
@@ -154,14 +119,6 @@ def test_transparency_becomes_alpha_over_grey(tmp_path, kind):
 def test_a_constant_alpha_channel_counts_as_none(tmp_path, alpha):
     Image.new("RGBA", (16, 16), (10, 20, 30, alpha)).save(tmp_path / "1.png")
     assert read_images(tmp_path, 16)[0].alpha is None
-
-
-@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
-def test_of_several_images_in_a_file_the_first_is_taken(tmp_path, kind):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / f"1.{kind}", save_all=True, append_images=frames[1:], lossless=True)
-    (image,) = read_images(tmp_path, 16)
-    assert set(map(tuple, pixels(image).reshape(-1, 3))) == {(255, 0, 0)}
 
 
 @pytest.mark.parametrize(
