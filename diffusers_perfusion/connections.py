@@ -31,13 +31,13 @@ class Row:
     @property
     def tokens(self) -> Mapping[str, tuple[int, ...]]:
         """Positions of each placeholder token, as given or in the parts of all text encoders that read it."""
-        if self.given is not None:
-            return self.given
         found: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
             for token, positions in part.tokens.items():
                 found[token] = tuple(sorted({*found.get(token, ()), *positions}))
-        return found
+        if self.given is None:
+            return found
+        return {token: positions or found.get(token, ()) for token, positions in self.given.items()}
 
     def superclass_row(self, row: Tensor) -> Tensor | None:
         """Return the row `(length, width)` of the super-class prompt, where a part holds a token.

@@ -223,8 +223,8 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         Args:
             prompt_embeds: as the pipeline takes them, `(batch, length, width)`.
             names: the concepts in every row of them; by default the active ones, and an empty list for none. A mapping
-                gives the positions of each concept's token in every row; without it a token is taken to be where the
-                embeddings are most similar to the concept.
+                gives the positions of each concept's token in every row. Without positions a token is where its prompt
+                had it, or, with a warning, where embeddings that are not recognised are most like the concept.
 
         Raises:
             ValueError: if a concept is not loaded, none is named and none active, the embeddings are of another width

@@ -46,7 +46,8 @@ class SuperclassPrompt(NamedTuple):
     """A prompt with the super-class in place of each placeholder token.
 
     Attributes:
-        input_ids: as many as the prompt has; what does not fit any more is cut before the last one.
+        input_ids: as many as the prompt has; what does not fit any more is cut before the last one, but a super-class
+            keeps its last token.
         places: the position in it that belongs to each position of the prompt. A placeholder token belongs to its
             super-class's last token, because attention takes a key and its value from the same position.
         longer: by how many tokens it would be longer than the prompt.
@@ -369,10 +370,14 @@ class PlaceholderTokens:
         tokens = {} if self._current is None else self._current.tokens
         prompt: list[int] = []
         index = []
+        last = len(input_ids) - 1
         for token_id in input_ids:
-            prompt += self._entry(tokens[token_id]).superclass_ids if token_id in tokens else [token_id]
+            superclass = self._entry(tokens[token_id]).superclass_ids if token_id in tokens else None
+            prompt += superclass or [token_id]
+            if superclass and len(prompt) > last:  # the word that says what it is stays
+                prompt[last - 1 :] = superclass[-1:]
             index.append(min(len(prompt), len(input_ids)) - 1)
-        ids = [*prompt[: len(input_ids) - 1], input_ids[-1]]
+        ids = [*prompt[:last], input_ids[-1]]
         return SuperclassPrompt(ids, index, len(prompt) - len(input_ids))
 
     def _entry(self, token: str) -> _Entry:

@@ -7,8 +7,8 @@ Eq. 3 edits the output `h = W e` of a frozen projection, at each text position, 
 where `sim(a, b) = aᵀ C⁻¹ b` and `‖i‖² = sim(i, i)`. Of `C⁻¹` only the vector `C⁻¹ i*` is needed; its scale cancels.
 
 Four things differ from the paper:
-- What is removed is the part along the super-class input `i_super`, which stays where it is. The paper removes that
-  along `i*`, which follows the hidden state at the placeholder token.
+- What is removed is the part of the hidden state, before it fades, along the super-class input `i_super`, which stays
+  where it is. The paper removes that along `i*`, which follows the hidden state at the placeholder token.
 - The gate is `σ((1 − β)/τ)` at the placeholder token and 0 elsewhere: its similarity is relative to the token's own.
   The paper's depends on the words before the token, so that a bias which suits one prompt switches the concept off in
   another, and it opens at words like the token, such as the plain super-class.
@@ -16,7 +16,8 @@ Four things differ from the paper:
   it anyway, so that with a higher bias the token loses its effect, and a prompt is followed no better.
 - The hidden states themselves fade: at a gate `g` they are `e_super + g (e − e_super)`, with those of the super-class
   prompt, "a cat" for "a <my-cat>". The token's embedding gives much of a subject to the words around it, which no gate
-  in a layer would take back. A training leaves this out, since its gate is nearly open.
+  in a layer would take back. A training leaves this out: its gate is nearly open, and the text encoder would run twice
+  in every step.
 
 So an edit of several concepts is the sum of theirs (Eq. 4 where no token is another's). `i*` only finds tokens whose
 positions are unknown.
@@ -107,7 +108,7 @@ def edit(h: Tensor, coef: Tensor, gate: Tensor, w_i: Tensor, o: Tensor) -> Tenso
 
     Args:
         h: `W e`, of hidden states from `fade` where the super-class prompt is known, `(..., d_out)`.
-        coef: similarity to the super-class inputs, from `similarities`, `(..., J)`.
+        coef: of `similarities` of hidden states, before they fade, to the super-class inputs, `(..., J)`.
         gate: from `gates`, `(..., J)`.
         w_i: `W i_super` of each concept without the bias of the projection, `(J, d_out)`.
         o: target outputs `o_j`, `(J, d_out)`.

@@ -391,6 +391,13 @@ class ConceptRegistry:
                 rows[number] = names
         if not rows:
             return None
+        if guessed := sorted({name for names in rows.values() for name, places in names.items() if not places}):
+            self._warn(
+                hidden_states,
+                f"Nobody knows where the tokens of {', '.join(map(repr, guessed))} are in these prompt embeddings, so "
+                "they are taken to be where the embeddings are most like the concepts, which may be another word; "
+                "give their positions, as in mark_perfusion(prompt_embeds, {name: [position]}).",
+            )
         inputs = self._project(hidden_states)
         # By name, so that the order in which they were loaded or stand in a prompt does not change a bit.
         order = sorted({name for names in rows.values() for name in names})
@@ -432,6 +439,13 @@ class ConceptRegistry:
                 "prompt embeddings: they were weighted or mixed, or their text encoder is gone; lock the keys with "
                 "set_perfusion(locking='local')"
             )
+        if any(row is not None and row.parts and number not in known for number, row in rows.items()):
+            self._warn(
+                hidden_states,
+                "The super-class prompts of some prompt embeddings are not kept any more, and their text encoder is "
+                "gone, so a high bias leads less far towards the super-class; keep the text encoder, or encode fewer "
+                "prompts.",
+            )
         if not known:
             return None
         superclass_prompt = hidden_states.clone()
@@ -469,7 +483,7 @@ class ConceptRegistry:
             # Concepts that are not in a row are not told apart from those that are.
             asked = upload(unknown, coef.device)
             found = find_tokens(similarity.masked_fill(~asked, 0)) & asked
-            if (found.sum(-1) > 1).any():
+            if ((tokens | found).sum(-1) > 1).any():
                 raise ValueError(
                     f"the tokens of {', '.join(map(repr, order))} cannot be told apart in these prompt embeddings; "
                     "give their positions, as in mark_perfusion(prompt_embeds, {'my-cat': [2], 'my-dog': [5]})"

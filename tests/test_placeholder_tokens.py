@@ -599,6 +599,14 @@ def test_a_superclass_prompt_that_is_too_long_keeps_its_end(tokens, add):
     assert len(places) == LENGTH and places[-2:] == [LENGTH - 1, LENGTH - 1]
 
 
+def test_of_a_superclass_at_the_end_of_a_full_prompt_the_last_word_is_kept(tokens, add):
+    plain = tokenize(tokens, " ".join(["beach"] * (LENGTH - 3)) + " bear")[0].tolist()
+    add("<my-bear>", 0, "teddy bear")
+    prompt = tokenize(tokens, " ".join(["beach"] * (LENGTH - 3)) + " <my-bear>")[0].tolist()
+    ids, places, longer = tokens.superclass_prompt(prompt)
+    assert (ids, places, longer) == (plain, list(range(LENGTH)), 0)
+
+
 # A token for the body of a statement
 
 

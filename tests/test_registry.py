@@ -138,7 +138,7 @@ def test_a_batch_that_is_not_recognised_is_warned_of_once(registry, load, encode
 
 def test_no_warning_of_rows_that_are_recognised(registry, load, encode, warnings):
     load("my-cat")
-    registry.register(row(0)[None], {"<my-cat>": ()})
+    registry.register(row(0)[None], {"<my-cat>": (3,)})
     for hidden_states in (
         encode("a <my-cat>", "a cat", ""),
         row(0)[None],
@@ -240,7 +240,7 @@ def test_the_gate_at_the_sixtieth_position_of_a_long_prompt_is_the_same(componen
     torch.testing.assert_close(registry.edit.gate[0, 60, 0], torch.sigmoid(torch.tensor(0.1 / 0.15)))
 
 
-def test_a_token_is_found_where_nobody_knows_its_position(registry, load):
+def test_a_token_is_found_where_nobody_knows_its_position_with_a_warning(registry, load, warnings):
     unit = torch.eye(WIDTH)  # random ones may be hard to tell apart
     cat, dog = (
         load(f"my-{name}", target_input=e, inverse_target_input=e)
@@ -253,6 +253,7 @@ def test_a_token_is_found_where_nobody_knows_its_position(registry, load):
     registry.register(hidden_states[1:], {"<my-cat>": ()})
     registry.prepare(hidden_states)
     assert registry.edit.gate.nonzero().tolist() == [[0, 4, 0], [0, 7, 1], [1, 2, 0]]
+    assert "Nobody knows where the tokens of 'my-cat', 'my-dog' are" in " ".join(warnings())
 
 
 def test_only_active_concepts_edit(registry, load):
@@ -277,11 +278,21 @@ def test_two_concepts_of_one_super_class_are_in_one_prompt(registry, load, encod
     assert registry.edit.gate[0].nonzero().tolist() == [[places[0], 0], [places[1], 1]]
 
     registry.register(hidden_states, {"<cat>": (), "<other>": ()})
-    with pytest.raises(ValueError, match=r"the tokens of 'cat', 'other' cannot be told apart .* mark_perfusion"):
-        registry.prepare(hidden_states)
-    assert registry.edit is None
-    registry.register(hidden_states, {"<cat>": (places[0],), "<other>": (places[1],)})
     registry.prepare(hidden_states)
+    assert registry.edit.gate[0].nonzero().tolist() == [[places[0], 0], [places[1], 1]]
+
+    weighted = 1.5 * hidden_states
+    for given in ({"<cat>": (), "<other>": ()}, {"<cat>": (), "<other>": (places[0],)}):
+        registry.register(weighted, given)
+        if given["<other>"]:  # where the other is most likely, too
+            hidden = one.target_input / one.target_input.norm() * weighted.norm(dim=-1).max() * 2
+            weighted[0, places[0]] = hidden
+            registry.register(weighted, given)
+        with pytest.raises(ValueError, match=r"the tokens of 'cat', 'other' cannot be told apart .* mark_perfusion"):
+            registry.prepare(weighted)
+        assert registry.edit is None
+    registry.register(weighted, {"<cat>": (places[0],), "<other>": (places[1],)})
+    registry.prepare(weighted)
     assert registry.edit.gate[0].nonzero().tolist() == [[places[0], 0], [places[1], 1]]
 
 
@@ -434,6 +445,19 @@ def test_hidden_states_do_not_fade_where_nobody_knows_the_prompt(registry, load,
         registry.prepare(torch.cat([row(0)[None], known]))
         assert torch.equal(registry.edit.inputs[0], row(0))
         assert not torch.equal(registry.edit.inputs[1], known[0])
+
+
+def test_a_superclass_prompt_that_is_gone_is_warned_of(registry, load, encode, monkeypatch, warnings):
+    monkeypatch.setattr("diffusers_perfusion.prompt_tracking.MAX_SUPERCLASS_PROMPTS", 1)
+    load("my-cat")
+    first, other = encode("a <my-cat>", "on the <my-cat>").split(1)
+    for tracker in registry._connections[0].trackers:
+        monkeypatch.setattr(tracker, "_tokens", lambda: None)  # as where the text encoder was freed
+    registry.prepare(other)
+    assert registry.edit.inputs is not None and not warnings()
+    registry.prepare(first)
+    assert registry.edit.gate.any() and registry.edit.inputs is None
+    assert "The super-class prompts of some prompt embeddings are not kept any more" in " ".join(warnings())
 
 
 def test_global_key_locking_takes_the_superclass_prompt(registry, load, encode):
