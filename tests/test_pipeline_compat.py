@@ -95,7 +95,7 @@ def test_unrecognised_embeddings_are_warned_of(pipeline, edited, generate, warni
         generate(CAT, **arguments)
         (message,) = warnings()
         assert "does not recognise 1 of 2 prompt embeddings" in message and "mark_perfusion" in message
-    pipeline.mark_perfusion(given)
+    pipeline.mark_perfusion(given, {"my-cat": 2})
     marked = generate(CAT, **arguments)
     assert not warnings()
     pipeline.set_perfusion(bias=0.1)

@@ -29,9 +29,9 @@ from .loss import snr_weights
 from .masks import masks_without_base_model, subject_masks
 from .noise_schedule import noise_schedule
 from .output_folder import check_output_folder, claim_output_folder
-from .recipe import training_recipe
 from .trainer import CONCEPT_NAME, PerfusionTrainer
 from .training_data import make_training_data
+from .training_recipe import training_recipe
 from .validation import generate, sheet_path, validate
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from diffusers_perfusion.training import TrainingConfig
 from diffusers_perfusion.training.images import read_images
 from diffusers_perfusion.training.masks import masks_without_base_model
-from diffusers_perfusion.training.recipe import training_recipe
+from diffusers_perfusion.training.training_recipe import training_recipe
 
 
 @pytest.fixture
