@@ -56,8 +56,8 @@ def weighted(pipe, prompt):
     compel = Compel(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
     with torch.no_grad():
         encoded, empty = compel(prompt), compel("")
-    if pipe.list_perfusion():
-        pipe.mark_perfusion(encoded)
+    for name in pipe.list_perfusion():
+        pipe.mark_perfusion(encoded, {name: 2})  # after the token that begins a prompt and "a"
     return generate(pipe, None, prompt_embeds=encoded, negative_prompt_embeds=empty)
 
 

@@ -320,6 +320,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             first, last = int(match[1]), min(int(match[2] or len(content)), len(content) - 1)
+            if first > last:
+                raise Refusal(416, "", "Range Not Satisfiable")
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             return 206, content[first : last + 1], headers
         return 200, content, headers

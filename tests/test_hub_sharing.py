@@ -441,6 +441,14 @@ def test_a_push_beside_large_files_does_not_read_them(hub, concept, monkeypatch)
     assert not [path for _, path, *_ in hub.requests if "model.safetensors" in path]
 
 
+def test_an_empty_file_is_no_concept(hub, concept):
+    hub.add("me/my-cat", {"empty.safetensors": b""})
+    concept.push_to_hub("me/my-cat", token=TOKEN)
+    assert files(hub)["empty.safetensors"] == b""
+    with pytest.raises(ValueError, match=r"me/my-cat/empty\.safetensors is not a valid concept file: it is truncated"):
+        read_header("me/my-cat", "empty.safetensors", token=TOKEN)
+
+
 def test_a_push_has_time_for_each_concept_beside_it(hub, concept, content, monkeypatch):
     """It reads the headers of all, for the card."""
     payloads = []
