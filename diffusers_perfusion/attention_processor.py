@@ -55,7 +55,8 @@ class Edit:
         coef: similarity of hidden states to these, of `rank_one_edit.similarities`, `(batch, length, J)`.
         gate: of `rank_one_edit.gates`, `(batch, length, J)`.
         inputs: what layers project instead of their hidden states, of `rank_one_edit.fade`, `(batch, length, d)`;
-            None for the hidden states as they are.
+            None for the hidden states as they are. Under joint attention it is what the model gets.
+        pooled: the pooled vectors that the model gets instead of its own, `(batch, d_pooled)`; None for its own.
         superclass_prompt: hidden states of the super-class prompts, `(batch, length, d)`, which all keys are computed
             from under global key-locking; None under local key-locking.
         repeats_rows: whether the model repeats each row (`repeat_interleave`) before it calls its layers.
@@ -66,6 +67,7 @@ class Edit:
     coef: Tensor
     gate: Tensor
     inputs: Tensor | None = None
+    pooled: Tensor | None = None
     superclass_prompt: Tensor | None = None
     repeats_rows: bool = False
 
@@ -279,8 +281,9 @@ def attn_processors(
     modules = {name.removesuffix(".processor"): name for name in processors}
     layers = {name: model.get_submodule(name) for name in modules}
     layers = {name: layer for name, layer in layers.items() if getattr(layer, "is_cross_attention", False)}
+    widths = {name: (layer.cross_attention_dim, layer.inner_kv_dim) for name, layer in layers.items()}
     for concept in concepts:
-        check_concept_fits(concept, model, layers)
+        check_concept_fits(concept, model, widths)
     if edited := [name for name, layer in layers.items() if isinstance(layer.processor, PerfusionAttnProcessor)]:
         raise ValueError(
             f"{len(edited)} layers ({edited[0]}, …) have a PerfusionAttnProcessor already, whose concepts would be "
@@ -290,26 +293,32 @@ def attn_processors(
     return processors | {modules[layer]: wrap(processors[modules[layer]], concepts, layer, edits) for layer in layers}
 
 
-def check_concept_fits(concept: Concept, model: Any, layers: Mapping[str, Attention]) -> None:
-    """Raise ValueError unless a concept has the layers and widths of a model, and its numbers are within its dtype."""
+def check_concept_fits(concept: Concept, model: Any, widths: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError unless a concept has the layers and widths of a model, and its numbers are within its dtype.
+
+    Args:
+        concept: to edit in.
+        model: to edit it into.
+        widths: of the hidden states that the model takes and of each layer's values, by the layer's name.
+    """
     base = f"{type(model).__name__} ({getattr(model, 'name_or_path', '') or 'unnamed'})"
     trained_on = f"The concept was trained on {concept.base_model or 'an unnamed model'}."
-    for name, layer in layers.items():
-        if layer.cross_attention_dim != concept.width:
+    for name, (input_width, output_width) in widths.items():
+        if input_width != concept.width:
             raise ValueError(
                 f"the concept {concept.placeholder_token!r} edits hidden states of width {concept.width}, but {base} "
-                f"takes width {layer.cross_attention_dim}. {trained_on}"
+                f"takes width {input_width}. {trained_on}"
             )
-        if name in concept.target_outputs and len(concept.target_outputs[name]) != layer.inner_kv_dim:
+        if name in concept.target_outputs and len(concept.target_outputs[name]) != output_width:
             raise ValueError(
                 f"the concept {concept.placeholder_token!r} has an output of {len(concept.target_outputs[name])} "
-                f"numbers for {name}, but that layer of {base} has {layer.inner_kv_dim}. {trained_on}"
+                f"numbers for {name}, but that layer of {base} has {output_width}. {trained_on}"
             )
-    missing = sorted(layers.keys() - concept.target_outputs.keys())
-    unexpected = sorted(concept.target_outputs.keys() - layers.keys())
+    missing = sorted(widths.keys() - concept.target_outputs.keys())
+    unexpected = sorted(concept.target_outputs.keys() - widths.keys())
     if missing or unexpected:
         raise ValueError(
-            f"the concept {concept.placeholder_token!r} does not have the cross-attention layers of {base}: "
+            f"the concept {concept.placeholder_token!r} does not have the attention layers of {base}: "
             f"{len(missing)} missing ({', '.join(missing[:2])}), {len(unexpected)} unknown "
             f"({', '.join(unexpected[:2])}). {trained_on}"
         )

@@ -19,40 +19,48 @@ class Row:
     """One row of a batch of hidden states, recognised.
 
     Attributes:
-        parts: the prompt of each text encoder's part of the row; none if nobody knows the prompts.
+        parts: the prompt of each text encoder's part of the row, None for one without a part; none at all if nobody
+            knows the prompts.
         trackers: what remembers these prompts.
         given: positions of each placeholder token, where the user or the trainer has said what is in the row.
     """
 
-    parts: Sequence[Prompt] = ()
+    parts: Sequence[Prompt | None] = ()
     trackers: Sequence[PromptTracker] = ()
     given: Mapping[str, tuple[int, ...]] | None = None
+
+    @property
+    def is_superclass_prompt(self) -> bool:
+        """Whether the model gets the super-class prompt in place of the row, at whatever gate."""
+        return any(part.replaced for part in self.parts if part is not None)
 
     @property
     def tokens(self) -> Mapping[str, tuple[int, ...]]:
         """Positions of each placeholder token, as given or in the parts of all text encoders that read it."""
         found: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
-            for token, positions in part.tokens.items():
+            for token, positions in () if part is None else part.tokens.items():
                 found[token] = tuple(sorted({*found.get(token, ()), *positions}))
         if self.given is None:
             return found
+        if self.is_superclass_prompt:  # whose positions nobody can give
+            return {token: found.get(token, positions) for token, positions in self.given.items()}
         return {token: positions or found.get(token, ()) for token, positions in self.given.items()}
 
     def superclass_row(self, row: Tensor) -> Tensor | None:
-        """Return the row `(length, width)` of the super-class prompt, where a part holds a token.
+        """Return the row `(length, width)` or `(width,)` of the super-class prompt, where a part holds a token.
 
         None if nobody knows the prompt, or its text encoder is gone.
         """
         if not self.trackers:
             return None
-        parts = list(row.split([tracker.width for tracker in self.trackers], -1))
-        for number, (prompt, tracker) in enumerate(zip(self.parts, self.trackers, strict=True)):
-            if prompt.tokens:
+        parts = self.trackers[0].family.split(row, [tracker.width for tracker in self.trackers])
+        for number, (part, prompt, tracker) in enumerate(zip(parts, self.parts, self.trackers, strict=True)):
+            if part is not None and prompt is not None and prompt.tokens:
                 if (found := tracker.superclass_hidden_states(prompt)) is None:
                     return None
-                parts[number] = found.to(parts[number])
-        return torch.cat(parts, -1)
+                parts[number] = found.to(part)
+        return torch.cat([part for part in parts if part is not None], -1)
 
 
 class Connection:
@@ -133,16 +141,19 @@ class Connection:
             versions.pop(token, None)
 
     def recognise(self, row: Tensor, tokens: Sequence[str]) -> Row | None:
-        """Return the prompts of a row `(length, width)`; None if it is not recognised.
+        """Return the prompts of a row; None if it is not recognised.
 
         Args:
-            row: of hidden states.
+            row: of hidden states, `(length, width)`, or a pooled vector, `(width,)`.
             tokens: placeholder tokens that the row may hold. A prompt that was encoded before one of them was loaded,
                 although it has the token in its text, is not recognised.
         """
-        parts = row.split([tracker.width for tracker in self.trackers], -1)
-        found: list[Prompt] = []
+        parts = self.trackers[0].family.split(row, [tracker.width for tracker in self.trackers])
+        found: list[Prompt | None] = []
         for part, tracker, versions in zip(parts, self.trackers, self._versions, strict=True):
+            if part is None:
+                found.append(None)
+                continue
             prompt = tracker.memory.find(part)
             if prompt is None or any(_is_missed(prompt, token, versions) for token in tokens):
                 return None

@@ -128,7 +128,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
                     force_download=force_download,
                     local_files_only=local_files_only,
                 )
-            check_concept_fits(concept, model, family.layers)
+            check_concept_fits(concept, model, family.layer_widths)
             base_model = getattr(self.config, "_name_or_path", "")  # type: ignore[attr-defined]
             if item != base_model:  # or it was saved with this very pipeline
                 _warn_of_another_base_model(concept, base_model)
@@ -198,6 +198,11 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
             check_temperature(value)
         if locking is not None and locking not in get_args(Locking):
             raise ValueError(f"locking is {locking!r}; expected one of {', '.join(get_args(Locking))}")
+        if locking == "global" and registry.joint:
+            raise ValueError(
+                f"locking='global' is not for {type(edited_model(self)).__name__}: its text and image attend to each "
+                "other, so that all keys of text are those of the super-class prompt already; expected 'local'"
+            )
 
         before = ExitStack()
         settings = {name: (entry.bias, entry.temperature) for name, entry in registry.loaded.items()}
@@ -237,7 +242,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         given = names if isinstance(names, Mapping) else dict.fromkeys(names, ())
         places = {name: (at,) if isinstance(at, int) else tuple(at) for name, at in given.items()}
         self._check_loaded(list(places))
-        width = sum(registry.widths)
+        width = registry.width
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != width:
             raise ValueError(
                 f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; expected (batch, length, {width})"

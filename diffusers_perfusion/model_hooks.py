@@ -1,31 +1,39 @@
-"""Attach a registry to its model: the forward hook that prepares the edit, and the wrapped attention processors."""
+"""Attach a registry to its model: the forward hook that prepares the edit, and what edits in the layers.
+
+That is wrapped attention processors, or in joint attention hooks on the projections.
+"""
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention_processor import PerfusionAttnProcessor, wrap
+from .joint_attention import hook_values, unhook_values
 from .registry import ConceptRegistry, registry_of
 
 
 def attach(model: Any, registry: ConceptRegistry) -> None:
-    """Put a registry on a model, and wrap every cross-attention processor that is not wrapped yet.
+    """Put a registry on a model, and its edit into every layer that does not have it yet.
 
     Raises:
-        ValueError: as `check_processors`.
+        ValueError: as `check_processors` or `value_sites`.
     """
     check_processors(registry)
+    if registry.joint:
+        hook_values(registry, registry.layers)
     if registry_of(model) is None:
         model._perfusion = registry
-        before = (
-            registry.projection[0].register_forward_hook(partial(_prepare_projected, registry))
-            if registry.projection
-            else model.register_forward_pre_hook(_prepare, with_kwargs=True)
-        )
+        if registry.joint:
+            before = model.register_forward_pre_hook(_prepare_joint, with_kwargs=True)
+        elif registry.projection:
+            before = registry.projection[0].register_forward_hook(partial(_prepare_projected, registry))
+        else:
+            before = model.register_forward_pre_hook(_prepare, with_kwargs=True)
         model._perfusion_hooks = [before, model.register_forward_hook(_finish)]
-    for name in replaced_layers(registry):
+    for name in {} if registry.joint else replaced_layers(registry):
         layer = registry.layers[name]
         layer.set_processor(wrap(layer.processor, (), name, registry))
 
@@ -38,6 +46,8 @@ def detach(model: Any) -> None:
     registry = registry_of(model)
     if registry is None:
         return
+    if registry.joint:
+        unhook_values(registry, registry.layers)
     for layer in registry.layers.values():
         if _is_of(registry, layer.processor):
             layer.set_processor(layer.processor.processor)
@@ -57,12 +67,19 @@ def check_processors(registry: ConceptRegistry) -> None:
 
 
 def replaced_layers(registry: ConceptRegistry) -> dict[str, str]:
-    """Return the layers whose processor is not of a registry, with the class of the one that is there."""
+    """Return the layers whose processor may not edit, with the class of the one that is there.
+
+    These are processors that are not the registry's, or in joint attention not diffusers', which call the projections.
+    """
     return {
         name: type(layer.processor).__name__
         for name, layer in registry.layers.items()
-        if not _is_of(registry, layer.processor)
+        if not (_is_of_diffusers(layer.processor) if registry.joint else _is_of(registry, layer.processor))
     }
+
+
+def _is_of_diffusers(processor: Any) -> bool:
+    return type(processor).__module__.partition(".")[0] == "diffusers"
 
 
 def _is_of(registry: ConceptRegistry, processor: Any) -> bool:
@@ -86,8 +103,36 @@ def _prepare_projected(
     _prepare_layers(registry, args[0])
 
 
-def _prepare_layers(registry: ConceptRegistry, hidden_states: Tensor | None) -> None:
-    registry.prepare(hidden_states)
+@torch.compiler.disable
+def _prepare_joint(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Forward pre-hook of a joint-attention model: compute the edit, and give the model the super-class prompt.
+
+    Raises:
+        RuntimeError: if the model is sharded, because its layers get parts of what is edited.
+    """
+    registry = model._perfusion
+    names = list(signature(type(model).forward).parameters)[1:]
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
+    _prepare_layers(registry, kwargs.get("encoder_hidden_states"), kwargs.get("pooled_projections"))
+    edit = registry.edit
+    if edit is None:
+        return (), kwargs
+    if getattr(model, "_parallel_config", None) is not None:
+        registry.clear_edit()
+        raise RuntimeError(
+            f"{type(model).__name__} is distributed over several devices (enable_parallelism), whose layers get only "
+            "parts of the text, so concepts cannot be edited in; generate on one device, or unload_perfusion()"
+        )
+    hook_values(registry, registry.layers)  # projections may have been fused since
+    if edit.inputs is not None:
+        kwargs["encoder_hidden_states"] = edit.inputs
+    if edit.pooled is not None:
+        kwargs["pooled_projections"] = edit.pooled
+    return (), kwargs
+
+
+def _prepare_layers(registry: ConceptRegistry, hidden_states: Tensor | None, pooled: Tensor | None = None) -> None:
+    registry.prepare(hidden_states, pooled=pooled)
     registry.watched, registry.called = frozenset(replaced_layers(registry)), set()
 
 
@@ -104,6 +149,11 @@ def _finish(model: Any, args: tuple[Any, ...], output: Any) -> None:
     registry.finish(output)
     if missed:
         processor = type(registry.layers[missed[0]].processor).__name__
+        if registry.joint:
+            raise RuntimeError(
+                f"{processor} on {missed[0]} computes attention without calling the projection to values, so concepts "
+                "cannot be edited in; set another processor, or unload_perfusion() to do without concepts"
+            )
         raise RuntimeError(
             f"the attention processors of {len(missed)} layers were replaced after concepts were loaded ({missed[0]} "
             f"has {processor}), so the concepts would be lost there; call enable_perfusion() to wrap them again, or "

@@ -4,7 +4,8 @@ import copy
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -24,12 +25,12 @@ class _Entry(NamedTuple):
     """A placeholder token of one owner.
 
     Attributes:
-        embedding: `v*`, `(width,)`.
+        embedding: `v*`, `(width,)`; None if the token has none.
         superclass_ids: token ids of its super-class.
         version: a number that no other embedding has.
     """
 
-    embedding: Tensor
+    embedding: Tensor | None
     superclass_ids: list[int]
     version: int
 
@@ -185,6 +186,9 @@ class PlaceholderTokens:
     def add(self, owner: Hashable, token: str, embedding: Tensor, superclass: str) -> int:
         """Give an owner a placeholder token. `embedding` may be a parameter: gradients flow to it alone.
 
+        In families with joint attention, one of zeros is none: the model gets the super-class prompt, and prompts are
+        encoded with the token only to be told from others.
+
         Returns:
             The version of the embedding, by which prompts that were encoded with it are told from others.
 
@@ -198,10 +202,11 @@ class PlaceholderTokens:
                 self._entries[owner] = {}
                 weakref.finalize(owner, _forget_owner, weakref.ref(self))
             known = [entries[token] for entries in self._entries.values() if token in entries]
+            learned = None if self.family.joint and not embedding.any() else embedding
             # Copies of one model have the same concept.
-            same = [entry.version for entry in known if torch.equal(entry.embedding.cpu(), embedding.detach().cpu())]
+            same = [entry.version for entry in known if _are_same(entry.embedding, learned)]
             version = same[0] if same else next(_VERSIONS)
-            self._entries[owner][token] = _Entry(embedding, superclass_ids(self.tokenizer, superclass), version)
+            self._entries[owner][token] = _Entry(learned, superclass_ids(self.tokenizer, superclass), version)
             return version
 
     def remove(self, owner: Hashable, token: str) -> None:
@@ -365,6 +370,20 @@ class PlaceholderTokens:
                 found[token] = (*found.get(token, ()), position)
         return found
 
+    def are_without_embedding(self, tokens: Collection[str]) -> bool:
+        """Return whether the tokens of a prompt have no embeddings.
+
+        Raises:
+            ValueError: if some have one and others have none.
+        """
+        without = [token for token in tokens if self._entry(token).embedding is None]
+        if without and len(without) < len(tokens):
+            raise ValueError(
+                f"{', '.join(without)} has no token embedding and {', '.join(set(tokens) - set(without))} has one; "
+                "concepts that were trained differently do not go into one prompt"
+            )
+        return bool(without)
+
     def superclass_prompt(self, input_ids: Sequence[int]) -> SuperclassPrompt:
         """Return the token ids of a prompt with the super-class in place of each placeholder token."""
         tokens = {} if self._current is None else self._current.tokens
@@ -429,7 +448,13 @@ class PlaceholderTokens:
                 if here.any():
                     raise
                 continue  # somebody else's, and not in these prompts
-            output = torch.where(here.unsqueeze(-1), entry.embedding.to(output) * scale, output)
+            if entry.embedding is None:
+                # Past the hooks on it, one of which has called this.
+                superclass = module.forward(torch.tensor(entry.superclass_ids, device=ids.device))
+                embedding = superclass.mean(0) * _signature(token, superclass)
+            else:
+                embedding = entry.embedding.to(output) * scale
+            output = torch.where(here.unsqueeze(-1), embedding, output)
         return output
 
     @torch.no_grad()
@@ -445,6 +470,20 @@ class PlaceholderTokens:
             )
         for listener in self.listeners:
             listener(ids, self._call.attention_mask, output)
+
+
+def _are_same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Return whether two embeddings are the same, or both are none."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.detach().cpu(), other.detach().cpu())
+
+
+def _signature(token: str, like: Tensor) -> Tensor:
+    """Return factors near one, by which a token's stand-in differs from its super-class and that of other tokens."""
+    generator = torch.Generator().manual_seed(zlib.crc32(token.encode()))
+    signs = torch.randint(2, like.shape[-1:], generator=generator) * 2 - 1
+    return 1 + signs.to(like) / 16
 
 
 def _restore(tokenizer: Any, plain: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ class Prompt:
         tokens: positions of each placeholder token in the row that the model gets; empty for a prompt without any.
             Without positions where only the user knows what is in a row.
         superclass: the super-class prompt; None where only the user knows what is in a row.
+        replaced: whether the model gets the super-class prompt instead, because its tokens have no embeddings.
         attention_mask: `(length,)`, or None.
         clip_skip: as in `ModelFamily.possible_hidden_states`.
         kept: the positions of the text encoder's output that the pipeline keeps.
@@ -53,6 +54,7 @@ class Prompt:
 
     tokens: Mapping[str, tuple[int, ...]]
     superclass: SuperclassPrompt | None = None
+    replaced: bool = False
     attention_mask: Tensor | None = None
     clip_skip: int | None = None
     kept: tuple[int, ...] = ()
@@ -68,7 +70,10 @@ class RowMemory:
         self._prompts: dict[bytes, Prompt] = {}
 
     def remember(self, row: Tensor, prompt: Prompt) -> None:
-        """Remember the prompt of a row `(length, width)`, in every precision that a pipeline may round it to."""
+        """Remember the prompt of a row of hidden states `(length, width)`, or of a pooled vector `(width,)`.
+
+        It is remembered in every precision that a pipeline may round it to.
+        """
         row = row.detach().cpu()
         for roundings in _ROUNDINGS:
             rounded = row
@@ -81,7 +86,7 @@ class RowMemory:
             del self._prompts[next(iter(self._prompts))]
 
     def find(self, row: Tensor) -> Prompt | None:
-        """Return the prompt of a row `(length, width)`, or None if the row is not recognised."""
+        """Return the prompt of a row or pooled vector, or None if it is not recognised."""
         return self._prompts.get(_digest(row))
 
 
@@ -148,18 +153,28 @@ class PromptTracker:
         for number, ids in enumerate(input_ids.tolist()):
             kept = self.family.kept_positions(len(ids), max_length)
             places = {position: place for place, position in enumerate(kept)}
+            positions_of = tokens.positions(ids)
+            replaced = tokens.are_without_embedding(positions_of)
+            superclass = tokens.superclass_prompt(ids)
+            if replaced:
+                positions_of = {
+                    token: tuple(superclass.places[position] for position in positions)
+                    for token, positions in positions_of.items()
+                }
             found = {
                 token: tuple(places[position] for position in positions if position in places)
-                for token, positions in tokens.positions(ids).items()
+                for token, positions in positions_of.items()
                 if not places.keys().isdisjoint(positions)
             }
-            superclass = tokens.superclass_prompt(ids) if found else None
             mask = None if attention_mask is None else attention_mask[number].cpu().clone()
             text = tokens.text(ids)
             for choice, hidden_states in enumerate(possible):
-                prompt = Prompt(found, superclass, mask, clip_skip, kept, choice, text, versions)
-                self.memory.remember(hidden_states[number][list(kept)], prompt)
-                if superclass is not None:
+                prompt = Prompt(
+                    found, superclass if found else None, replaced, mask, clip_skip, kept, choice, text, versions
+                )
+                row = hidden_states[number]
+                self.memory.remember(row if row.ndim == 1 else row[list(kept)], prompt)
+                if found:
                     superclass_prompts[prompt] = superclass
         if superclass_prompts:  # now, when an offloaded text encoder is where it computes
             self._encode_superclass(superclass_prompts, tokens)
@@ -167,8 +182,9 @@ class PromptTracker:
     def superclass_hidden_states(self, prompt: Prompt) -> Tensor | None:
         """Return the hidden states of a prompt with the super-class in place of each token, `(length, width)`.
 
-        Each position belongs to the same position of the prompt, as `SuperclassPrompt.places` says. None if nobody
-        knows the prompt's tokens, or its super-class prompt is not kept any more and the text encoder is gone.
+        Or its pooled vector `(width,)`, if the prompt was recognised by that. Each position belongs to the same one of
+        the prompt, as `SuperclassPrompt.places` says, unless the super-class prompt replaces it. None if nobody knows
+        the prompt's tokens, or its super-class prompt is not kept any more and the text encoder is gone.
         """
         tokens, superclass = self._tokens(), prompt.superclass
         if prompt not in self._superclass_prompts and tokens is not None and superclass is not None:
@@ -199,7 +215,9 @@ class PromptTracker:
         rows = {ids: number for number, ids in enumerate(distinct)}
         for prompt, (ids, places, _) in prompts.items():
             found = possible[prompt.choice][rows[tuple(ids)]]
-            self._superclass_prompts[prompt] = found[[places[position] for position in prompt.kept]].cpu()
+            if found.ndim > 1:
+                found = found[[position if prompt.replaced else places[position] for position in prompt.kept]]
+            self._superclass_prompts[prompt] = found.cpu()
         while len(self._superclass_prompts) > MAX_SUPERCLASS_PROMPTS:
             del self._superclass_prompts[next(iter(self._superclass_prompts))]
 

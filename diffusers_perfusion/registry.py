@@ -55,14 +55,14 @@ class _Current:
     Attributes:
         edit: None if no row of the batch holds an active concept.
         unchecked: an edit that the model has not returned finite numbers with yet.
-        recent: the last batches of hidden states with how often each had been changed in place, and their edits. Some
-            pipelines call the model with the prompts and the negative prompts in turn.
+        recent: the last batches of hidden states and pooled vectors with how often each had been changed in place, and
+            their edits. Some pipelines call the model with the prompts and the negative prompts in turn.
     """
 
     def __init__(self) -> None:
         self.edit: Edit | None = None
         self.unchecked: Edit | None = None
-        self.recent: list[tuple[weakref.ref[Tensor], int | None, Edit | None]] = []
+        self.recent: list[tuple[list[weakref.ref[Tensor]], list[int | None], Edit | None]] = []
 
 
 class ConceptRegistry:
@@ -76,8 +76,9 @@ class ConceptRegistry:
         active: names of those that edit, in the order of activation.
         enabled: whether anything is edited at all.
         locking: `local`, or `global`: the keys of the whole prompt from its super-class prompt (paper Section 4).
-        layers: the model's cross-attention layers by module name.
+        layers: the model's edited attention layers by module name.
         projection: of the model, as in `ModelFamily`.
+        joint: likewise.
     """
 
     def __init__(self, family: ModelFamily) -> None:
@@ -87,7 +88,8 @@ class ConceptRegistry:
         self.locking: Locking = "local"
         self.layers: dict[str, Any] = family.layers
         self.projection: tuple[nn.Module, ...] = family.projection
-        self.widths = family.widths
+        self.joint = family.joint
+        self.width = family.width
         self.repeats_rows = family.repeats_rows
         self._reset()
 
@@ -282,7 +284,7 @@ class ConceptRegistry:
         self.clear_edit()
 
     def _recognise(self, row: Tensor) -> Row | None:
-        """Return which tokens a row `(length, width)` holds; None if it is not recognised."""
+        """Return which tokens a row `(length, width)` or pooled vector holds; None if it is not recognised."""
         active = sorted(self._active_tokens)
         parts = (connection.recognise(row, active) for connection in self._connections)
         found = next((one for one in parts if one is not None), None)
@@ -292,13 +294,17 @@ class ConceptRegistry:
         return found if found or row.any() else Row()
 
     def prepare(
-        self, hidden_states: Tensor | None, rows: Sequence[Mapping[str, tuple[int, ...]]] | None = None
+        self,
+        hidden_states: Tensor | None,
+        rows: Sequence[Mapping[str, tuple[int, ...]]] | None = None,
+        pooled: Tensor | None = None,
     ) -> None:
         """Compute the edit for a batch of hidden states, unless it is the batch of this thread's current edit.
 
         Args:
             hidden_states: as the model gets them, `(batch, length, width)`; None if it is called without any.
             rows: positions of the placeholder tokens in each row, where the caller knows them.
+            pooled: vectors of the prompts, `(batch, d_pooled)`, that a joint-attention model gets beside them.
 
         Raises:
             ValueError: if tokens whose positions nobody knows cannot be told apart, or a super-class prompt cannot be
@@ -312,16 +318,19 @@ class ConceptRegistry:
         if hidden_states is None:
             current.edit = None
             return
-        version = version_of(hidden_states)
-        for source, its_version, edit in current.recent:
-            if source() is hidden_states and its_version == version:
+        inputs = [hidden_states] if pooled is None else [hidden_states, pooled]
+        versions = [version_of(tensor) for tensor in inputs]
+        for sources, its_versions, edit in current.recent:
+            if [id(source()) for source in sources] == [id(tensor) for tensor in inputs] and its_versions == versions:
                 current.edit = edit
                 return
         current.edit = None  # also after an error
-        current.edit = self._edit_of(hidden_states, rows) if self.enabled and self.active else None
+        # Under joint attention the tokens of concepts that are not active are replaced by their super-class.
+        if self.enabled and (self.active or self.joint):
+            current.edit = self._edit_of(hidden_states, rows, pooled)
         current.unchecked = current.edit
-        alive = [entry for entry in current.recent if entry[0]() is not None]
-        current.recent = [*alive[1 - _RECENT :], (weakref.ref(hidden_states), version, current.edit)]
+        alive = [entry for entry in current.recent if all(source() is not None for source in entry[0])]
+        current.recent = [*alive[1 - _RECENT :], (list(map(weakref.ref, inputs)), versions, current.edit)]
 
     def finish(self, output: Any) -> None:
         """Check the output of a forward pass, and leave layers without an edit, for somebody else may call them.
@@ -362,7 +371,12 @@ class ConceptRegistry:
             self.called.add(layer)
         return self.edit
 
-    def _edit_of(self, hidden_states: Tensor, given: Sequence[Mapping[str, tuple[int, ...]]] | None) -> Edit | None:
+    def _edit_of(
+        self,
+        hidden_states: Tensor,
+        given: Sequence[Mapping[str, tuple[int, ...]]] | None,
+        pooled: Tensor | None,
+    ) -> Edit | None:
         if given is not None:
             recognised: list[Row | None] = [Row(given=tokens) for tokens in given]
         else:
@@ -384,9 +398,8 @@ class ConceptRegistry:
         rows: dict[int, dict[str, tuple[int, ...]]] = {}
         for number, row in enumerate(recognised):
             tokens = {} if row is None else row.tokens
-            names = {
-                self._name_of_token[token]: places for token, places in tokens.items() if token in self._active_tokens
-            }
+            edited = self._name_of_token if self.joint else self._active_tokens
+            names = {self._name_of_token[token]: places for token, places in tokens.items() if token in edited}
             if names:
                 rows[number] = names
         if not rows:
@@ -408,12 +421,17 @@ class ConceptRegistry:
             entry.bias, entry.temperature = entry.bias.to(inputs.device), entry.temperature.to(inputs.device)
         coef, gate = self._coefficients(inputs, order, rows)
         superclass_prompt = self._superclass_prompt(hidden_states, {number: recognised[number] for number in rows})
+        replaced = [number for number in rows if (row := recognised[number]) is not None and row.is_superclass_prompt]
+        if superclass_prompt is not None and replaced:
+            inputs = inputs.clone()
+            inputs[replaced] = superclass_prompt[replaced]
         return Edit(
             concepts=tuple(entry.concept for entry in entries),
             superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
             coef=coef,
             gate=gate,
             inputs=None if superclass_prompt is None else fade(inputs, superclass_prompt, gate),
+            pooled=None if pooled is None else self._faded_pooled(pooled, gate),
             superclass_prompt=superclass_prompt if self.locking == "global" else None,
             repeats_rows=self.repeats_rows,
         )
@@ -453,6 +471,23 @@ class ConceptRegistry:
             superclass_prompt[number] = found
         return self._project(superclass_prompt)
 
+    def _faded_pooled(self, pooled: Tensor, gate: Tensor) -> Tensor:
+        """Return pooled vectors `(batch, d_pooled)` between those of the prompts and of their super-class prompts.
+
+        Those of prompts that nobody knows stay as they are.
+
+        Args:
+            pooled: of all rows, as the model gets them.
+            gate: of the concepts, `(batch, length, J)`.
+        """
+        faded = pooled.clone()
+        for number, (vector, highest) in enumerate(zip(pooled, gate.amax((-2, -1)), strict=True)):
+            row = self._recognise(vector)
+            if row is not None and row.tokens and (found := row.superclass_row(vector)) is not None:
+                g = 0 if row.is_superclass_prompt else highest
+                faded[number] = found + g * (vector.float() - found.float())
+        return faded
+
     def _coefficients(
         self, inputs: Tensor, order: Sequence[str], rows: Mapping[int, Mapping[str, tuple[int, ...]]]
     ) -> tuple[Tensor, Tensor]:
@@ -475,8 +510,9 @@ class ConceptRegistry:
         known, unknown = torch.zeros(2, *coef.shape, dtype=torch.bool)
         for number, row in rows.items():
             for name, places in row.items():
-                known[number, list(places), order.index(name)] = True
-                unknown[number, :, order.index(name)] = not places
+                if name in self.active:
+                    known[number, list(places), order.index(name)] = True
+                    unknown[number, :, order.index(name)] = not places
         tokens = upload(known, coef.device)
         if unknown.any():
             similarity = similarities(inputs, stack("target_input"), stack("inverse_target_input"))

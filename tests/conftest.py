@@ -20,6 +20,8 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
     StableDiffusionPipeline,
@@ -488,6 +490,48 @@ def cosmos_pipeline(cosmos_components):
     return pipeline
 
 
+def make_flux(guidance_embeds=False):
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+
+
+@pytest.fixture
+def flux_components(components, t5_tokenizer_folder):
+    """Parts of a Flux pipeline: text of width 20 from T5, and a pooled vector from CLIP; 16×16 images."""
+    tokenizer_2 = PreTrainedTokenizerFast.from_pretrained(t5_tokenizer_folder)
+    torch.manual_seed(0)
+    text_encoder_2 = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer_2), d_model=20, d_ff=40, d_kv=5, num_heads=4, num_layers=2)
+    ).eval()
+    vae = make_vae(AutoencoderKL)
+    vae.register_to_config(shift_factor=0.1)
+    return {name: components[name] for name in ("text_encoder", "tokenizer")} | {
+        "vae": vae,
+        "text_encoder_2": text_encoder_2,
+        "tokenizer_2": tokenizer_2,
+        "transformer": make_flux(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+
+
+@pytest.fixture
+def flux_pipeline(flux_components):
+    """A tiny Flux pipeline that loads concepts."""
+    pipeline = add_perfusion(FluxPipeline(**flux_components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture
 def sana_pipeline(sana_components):
     """A tiny `PerfusionSanaPipeline`."""
@@ -533,7 +577,7 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
-    family, layers = family_of(pipeline), family_of(pipeline).layers
+    family = family_of(pipeline)
     i_super = superclass_input(family, superclass)
     i_star = i_super + 0.3 * random(len(i_super))
     embeddings = [random(model.config.hidden_size) for model in family.text_encoders]
@@ -548,8 +592,8 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
             "inverse_superclass_input": i_super + 0.3 * random(len(i_super)),
             # Large enough that one position of a prompt is seen in a tiny model's image; Cosmos returns bytes.
             "target_outputs": {
-                name: (40 if "Cosmos" in family.name else 4) * random(layer.inner_kv_dim)
-                for name, layer in layers.items()
+                name: (40 if "Cosmos" in family.name else 4) * random(width)
+                for name, (_, width) in family.layer_widths.items()
             },
             "base_model": "tiny",
             **fields,

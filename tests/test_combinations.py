@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from compel import Compel
-from conftest import LENGTH, make_pixart, make_vae, random_concept
+from conftest import LENGTH, make_flux, make_pixart, make_vae, random_concept
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -19,6 +19,13 @@ from diffusers import (
     Cosmos2TextToImagePipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    FirstBlockCacheConfig,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
     LCMScheduler,
     MotionAdapter,
     PixArtAlphaPipeline,
@@ -81,6 +88,17 @@ PIXART = {"use_resolution_binning": False, "max_sequence_length": LENGTH, "clean
 SANA = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": LENGTH}
 
 COSMOS = {"height": 16, "width": 16, "max_sequence_length": LENGTH, "negative_prompt": ["", ""]}
+
+FLUX = {"height": 16, "width": 16, "max_sequence_length": LENGTH}
+
+
+def flux_controlnet(components):
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    net = FluxControlNetModel.from_transformer(components["transformer"], **sizes).eval()
+    for block in (*net.controlnet_blocks, *net.controlnet_single_blocks, net.controlnet_x_embedder):
+        torch.nn.init.normal_(block.weight, std=0.1)  # they begin at zero
+    return {**components, "controlnet": net}
+
 
 # By family, what makes a pipeline of components, and what it is called with.
 PIPELINES = {
@@ -192,6 +210,37 @@ PIPELINES = {
             lambda: COSMOS | {"guidance_scale": 1.0},
         ),
     },
+    "Flux": {
+        "text to image": (lambda parts: FluxPipeline(**parts), lambda: FLUX),
+        "distilled guidance": (lambda parts: FluxPipeline(**parts | {"transformer": make_flux(True)}), lambda: FLUX),
+        "true guidance": (
+            lambda parts: FluxPipeline(**parts),
+            lambda: FLUX | {"true_cfg_scale": 3.0, "negative_prompt": ["a dog", ""]},
+        ),
+        "two prompts": (lambda parts: FluxPipeline(**parts), lambda: FLUX | {"prompt_2": [*PROMPTS[:1], "a dog"]}),
+        "image to image": (
+            lambda parts: FluxImg2ImgPipeline(**parts),
+            lambda: FLUX | {"image": image(), "strength": 0.9},
+        ),
+        "inpainting": (
+            lambda parts: FluxInpaintPipeline(**parts),
+            lambda: FLUX | {"image": image(), "mask_image": mask(), "strength": 0.9},
+        ),
+        "Kontext": (
+            lambda parts: FluxKontextPipeline(**parts),
+            lambda: FLUX | {"image": image(), "max_area": 256, "_auto_resize": False},
+        ),
+        "ControlNet": (
+            lambda parts: FluxControlNetPipeline(**flux_controlnet(parts)),
+            lambda: FLUX | {"control_image": image()},
+        ),
+        "several of each prompt": (
+            lambda parts: FluxPipeline(**parts),
+            lambda: (
+                FLUX | {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]}
+            ),
+        ),
+    },
 }
 COMPONENTS = {
     "Stable Diffusion": "components",
@@ -199,7 +248,24 @@ COMPONENTS = {
     "PixArt": "pixart_components",
     "Sana": "sana_components",
     "Cosmos": "cosmos_components",
+    "Flux": "flux_components",
 }
+
+# How keys are locked. Joint attention locks them always, and most of all without token embeddings.
+LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | {"Flux": ("local", "values alone")}
+
+
+def concept_for(pipe, locking):
+    concept = random_concept(pipe)
+    if locking == "values alone":
+        concept.token_embeddings = [torch.zeros_like(embedding) for embedding in concept.token_embeddings]
+    return concept
+
+
+def load(pipe, concept, locking):
+    pipe.load_perfusion(concept)
+    if locking == "global":
+        pipe.set_perfusion(locking=locking)
 
 
 @pytest.fixture
@@ -207,8 +273,14 @@ def parts(family, request):
     return request.getfixturevalue(COMPONENTS[family])
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family, kinds in PIPELINES.items() for name in kinds])
-@pytest.mark.parametrize("locking", ["local", "global"])
+@pytest.mark.parametrize(
+    ("family", "name", "locking"),
+    [
+        (family, name, locking)
+        for family, kinds in PIPELINES.items()
+        for name, locking in itertools.product(kinds, LOCKINGS[family])
+    ],
+)
 def test_a_concept_in_a_pipeline(parts, family, generate, name, locking):
     make, arguments = PIPELINES[family][name]
     pipe = make(parts)
@@ -217,11 +289,10 @@ def test_a_concept_in_a_pipeline(parts, family, generate, name, locking):
     def run():
         return generate(PROMPTS, pipe, **arguments())
 
-    processors = {name: layer.processor for name, layer in cross_attention_layers(edited_model(pipe)).items()}
+    processors = {name: layer.processor for name, layer in family_of(pipe).layers.items()}
     before = run()
     with_text, plain = before.chunk(2)
-    add_perfusion(pipe).load_perfusion(random_concept(pipe))
-    pipe.set_perfusion(locking=locking)
+    load(add_perfusion(pipe), concept_for(pipe, locking), locking)
     edited = run()
     assert torch.equal(edited.chunk(2)[1], plain)
     assert all((one - other).abs().max() > 1e-3 for one, other in zip(edited.chunk(2)[0], with_text, strict=True))
@@ -233,7 +304,7 @@ def test_a_concept_in_a_pipeline(parts, family, generate, name, locking):
     assert torch.equal(run(), edited)
     pipe.unload_perfusion()
     assert torch.equal(run(), before)
-    layers = cross_attention_layers(edited_model(pipe))
+    layers = family_of(pipe).layers
     assert all(layers[name].processor is processor for name, processor in processors.items())
 
 
@@ -244,7 +315,8 @@ def lora(pipe, name="default", seed=0):
     from peft import LoraConfig
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=2, target_modules=["to_k", "to_v", "to_q", "to_out.0"], init_lora_weights=False)
+    targets = ["to_k", "to_v", "to_q", "to_out.0", "add_v_proj"]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     edited_model(pipe).add_adapter(config, adapter_name=name)
 
 
@@ -256,7 +328,7 @@ def two_loras(pipe):
 
 def fused_lora(pipe):
     lora(pipe)
-    pipe.fuse_lora(components=["unet"], lora_scale=0.5)
+    pipe.fuse_lora(components=["unet" if hasattr(pipe, "unet") else "transformer"], lora_scale=0.5)
 
 
 def textual_inversion(pipe):
@@ -295,6 +367,14 @@ def layerwise(pipe):
 
 def int8(pipe):
     quantize_(edited_model(pipe), Int8WeightOnlyConfig())
+
+
+def fused_transformer(pipe):
+    pipe.transformer.fuse_qkv_projections()
+
+
+def first_block_cache(pipe):
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
 
 
 def ip_adapter(pipe):
@@ -341,6 +421,9 @@ FEATURES = {
         lambda pipe: pipe.unfuse_qkv_projections(vae=False),
         {},
     ),
+    "fused transformer": (fused_transformer, None, {}),
+    "attention backend": (lambda pipe: pipe.transformer.set_attention_backend("native"), None, {}),
+    "first block cache": (first_block_cache, None, {}),
     "FreeU": (
         lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
         lambda pipe: pipe.disable_freeu(),
@@ -358,12 +441,15 @@ FEATURES = {
 
 # What their pipelines do not have is left out.
 TRANSFORMERS = "bfloat16", "model offload", "sequential offload", "group offload", "layerwise casting", "int8 weights"
+OF_FLUX = "fused transformer", "attention backend", "first block cache"
+UNETS = tuple(name for name in FEATURES if name not in OF_FLUX)
 BESIDE = {
-    "Stable Diffusion": tuple(FEATURES),
-    "Stable Diffusion XL": tuple(FEATURES),
+    "Stable Diffusion": UNETS,
+    "Stable Diffusion XL": UNETS,
     "PixArt": TRANSFORMERS,
     "Sana": ("LoRA", *TRANSFORMERS),
     "Cosmos": TRANSFORMERS,
+    "Flux": ("LoRA", "two LoRAs with weights", "fused LoRA", "Textual Inversion", *OF_FLUX, *TRANSFORMERS),
 }
 
 
@@ -393,21 +479,15 @@ def effect(one, other):
     [
         (family, *order, name)
         for family, names in BESIDE.items()
-        for order in itertools.product(("local", "global"), ("concept", "other"))
+        for order in zip(LOCKINGS[family], ("other", "concept"), strict=True)
         for name in names
-        if order in (("local", "other"), ("global", "concept"))
     ],
 )
 def test_a_concept_beside(pipe, family, generate, name, locking, first):
-    concept, (add, _, arguments) = random_concept(pipe), FEATURES[name]
+    concept, (add, _, arguments) = concept_for(pipe, locking), FEATURES[name]
     arguments = PIPELINES[family]["text to image"][1]() | arguments
-
-    def load():
-        pipe.load_perfusion(concept)
-        pipe.set_perfusion(locking=locking)
-
     if first == "concept":
-        load()
+        load(pipe, concept, locking)
         add(pipe)
         pipe.disable_perfusion()
     else:
@@ -416,7 +496,7 @@ def test_a_concept_beside(pipe, family, generate, name, locking, first):
     if first == "concept":
         pipe.enable_perfusion()
     else:
-        load()
+        load(pipe, concept, locking)
     edited = generate(PROMPTS, pipe, **arguments)
     assert torch.equal(edited[1], off[1])
     assert effect(edited[0], off[0]) > 1e-3

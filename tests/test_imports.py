@@ -71,6 +71,7 @@ def test_leaves():
 
 def test_the_attention_processor_knows_the_algebra_alone():
     assert GRAPH["attention_processor"] == {"rank_one_edit"}
+    assert GRAPH["joint_attention"] == {"attention_processor"}
 
 
 def test_prompts_are_known_in_one_direction():
@@ -107,7 +108,7 @@ def test_pipelines_are_known_to_those_who_change_them():
 
 
 def test_a_family_is_named_in_its_own_file_alone():
-    families = r"pixart|sana|sdxl|gemma|\bt5|cosmos"
+    families = r"pixart|sana|sdxl|gemma|\bt5|cosmos|flux"
     for module, path in MODULES.items():
         if module.startswith("model_families") or module in ("", "pipelines"):
             continue

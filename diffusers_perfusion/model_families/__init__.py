@@ -7,6 +7,7 @@ from typing import Any
 
 from .base import ModelFamily, PromptEncoding, cross_attention_layers, edited_model
 from .cosmos import Cosmos
+from .flux import Flux
 from .pixart import PixArt
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
@@ -15,7 +16,7 @@ from .stable_diffusion_xl import StableDiffusionXL
 __all__ = ["FAMILIES", "ModelFamily", "PromptEncoding", "cross_attention_layers", "edited_model", "family_of"]
 
 # A pipeline belongs to the first family whose model class and text encoders it has.
-FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana, Cosmos)
+FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana, Cosmos, Flux)
 
 
 def family_of(pipeline: Any) -> ModelFamily:
@@ -30,6 +31,5 @@ def family_of(pipeline: Any) -> ModelFamily:
             return family(pipeline)
     raise ValueError(
         f"Perfusion cannot edit {type(pipeline).__name__}, whose model is {type(edited_model(pipeline)).__name__}; "
-        f"expected a pipeline of {', '.join(family.name for family in FAMILIES)}, whose models have cross-attention "
-        "from text. Models that process text and image in one joint attention have none."
+        f"expected a pipeline of {', '.join(family.name for family in FAMILIES)}"
     )

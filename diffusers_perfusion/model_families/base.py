@@ -1,6 +1,6 @@
 """`ModelFamily`: all that the rest of the package asks about a base model, with defaults that hold for most models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,7 +47,10 @@ class ModelFamily:
         name: the name that people use.
         model_classes: classes that the model which concepts are edited into may have.
         text_components: names of the pipeline's tokenizers, each with the name of its text encoder. Their hidden
-            states stand side by side along the width.
+            states stand side by side along the width, unless `split` says otherwise.
+        position_encoder: index of the text encoder whose tokens the positions of hidden states are.
+        joint: whether text and image attend to each other in joint layers. Then the model gets the super-class prompt,
+            and concepts are edited into values alone; see `JointFamily`.
         hidden_state_index: index of the hidden states that pipelines take; None for the text encoder's own output.
         passes_attention_mask: whether pipelines tell the text encoder which tokens are padding.
         sees_padding: whether the model attends to padding, so that prompts are padded to their full length.
@@ -55,6 +58,7 @@ class ModelFamily:
         prompt_cleaning: name of the pipeline method that changes prompts before they are tokenized; None for no such
             method.
         instruction: text that the text encoder reads before every prompt, and whose hidden states pipelines leave out.
+        latent_patch_size: side of the patches of latents that the model takes as one token, where pipelines pack them.
         repeats_rows: whether the model repeats each row of its hidden states (`repeat_interleave`) before its
             cross-attention layers, as models do that generate several frames of one prompt.
         model: the UNet or transformer.
@@ -70,11 +74,14 @@ class ModelFamily:
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     text_components: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
+    position_encoder: ClassVar[int] = 0
+    joint: ClassVar[bool] = False
     hidden_state_index: ClassVar[int | None] = None
     passes_attention_mask: ClassVar[bool] = False
     sees_padding: ClassVar[bool] = True
     max_sequence_length: ClassVar[int | None] = None
     prompt_cleaning: ClassVar[str | None] = None
+    latent_patch_size: ClassVar[int] = 1
     instruction: str = ""
 
     def __init__(self, pipeline: Any):
@@ -105,9 +112,19 @@ class ModelFamily:
     # The model
 
     @cached_property
-    def layers(self) -> dict[str, Attention]:
-        """The cross-attention layers by module name."""
+    def layers(self) -> dict[str, Any]:
+        """The layers that concepts are edited into by module name; by default those of cross-attention from text."""
         return cross_attention_layers(self.model)
+
+    @property
+    def layer_widths(self) -> dict[str, tuple[int, int]]:
+        """Width of the hidden states that each layer's values depend on, and of the values."""
+        return {name: (layer.cross_attention_dim, layer.inner_kv_dim) for name, layer in self.layers.items()}
+
+    @property
+    def edited_weights(self) -> Iterable[Tensor]:
+        """The weights of the projections that are edited."""
+        return (part.weight for layer in self.layers.values() for part in (layer.to_k, layer.to_v))
 
     @property
     def projection(self) -> tuple[nn.Module, ...]:
@@ -161,9 +178,12 @@ class ModelFamily:
             padding=padding,
             padding_side="right",
             truncation=True,
-            max_length=self.max_sequence_length,
+            max_length=self._max_length(tokenizer),
             return_tensors="pt",
         )
+
+    def _max_length(self, tokenizer: Any) -> int | None:
+        return self.max_sequence_length
 
     def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encode token ids as a pipeline encodes a prompt.
@@ -200,11 +220,22 @@ class ModelFamily:
             clip_skip: how many more layers than usual the pipeline leaves out; None for none.
 
         Returns:
-            Hidden states of `(batch, length, width)`; none if the text encoder was called for something else.
+            Hidden states of `(batch, length, width)`, or pooled vectors of `(batch, width)` if the model gets those of
+            the super-class prompt; none if the text encoder was called for something else.
         """
         if cls.hidden_state_index is not None and output.hidden_states is None:
             return []
         return [cls.hidden_states(output, attention_mask)]
+
+    @classmethod
+    def split(cls, row: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
+        """Return the part of each text encoder in a row of what the model gets; None for those that have none.
+
+        Args:
+            row: hidden states, `(length, width)`, or a pooled vector, `(width,)`.
+            widths: of each text encoder's hidden states.
+        """
+        return list(row.split(list(widths), -1))
 
     @classmethod
     def kept_positions(cls, length: int, max_sequence_length: int | None) -> tuple[int, ...]:
@@ -239,6 +270,10 @@ class ModelFamily:
         return hidden_states
 
     # Training
+
+    def initial_outputs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the target outputs that a training begins with, in float32, by layer: by default `W_V inputs`."""
+        return {name: layer.to_v(inputs).float() for name, layer in self.layers.items()}
 
     @property
     def default_resolution(self) -> int:

@@ -80,7 +80,8 @@ def token_positions(family: ModelFamily, token: str, input_ids: Sequence[Tensor]
     Raises:
         ValueError: if a prompt does not hold the token, because it is longer than the text encoder reads.
     """
-    found = input_ids[0] == family.tokenizers[0].convert_tokens_to_ids(token)
+    number = family.position_encoder
+    found = input_ids[number] == family.tokenizers[number].convert_tokens_to_ids(token)
     if not found.any(-1).all():
         raise ValueError(
             f"{token} falls off the end of the caption, of which the text encoder reads {found.shape[-1]} tokens; "

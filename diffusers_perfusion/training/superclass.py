@@ -47,7 +47,8 @@ def superclass_input(family: ModelFamily, superclass: str) -> Tensor:
         ValueError: if a tokenizer drops the super-class or does not know it.
     """
     ids = family.tokenize([template.format(superclass) for template in TEMPLATES])
-    last = superclass_positions(family.tokenizers[0], superclass, ids[0])[:, -1]
+    number = family.position_encoder
+    last = superclass_positions(family.tokenizers[number], superclass, ids[number])[:, -1]
     return family.encode(ids).inputs[torch.arange(len(last)), last].mean(0)
 
 

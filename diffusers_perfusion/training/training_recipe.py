@@ -37,10 +37,9 @@ def training_recipe(
         mask = _digest([_bytes_of(masks)])
     else:
         mask = mask_source if config.mask in ("auto", mask_source) else config.mask
-    edited = (part.weight.to("cpu", dtype) for layer in family.layers.values() for part in (layer.to_k, layer.to_v))
     return config.recipe() | {
         "base_model": config.base_model,
-        "weights": _digest(_bytes_of(weight) for weight in edited),
+        "weights": _digest(_bytes_of(weight.to("cpu", dtype)) for weight in family.edited_weights),
         "images": _digest(image.image.tobytes() for image in images),
         "captions": _digest(repr(prompt).encode() for prompt in prompts),
         "mask": mask,

@@ -20,6 +20,7 @@ ALL = {
     "pixart_pipeline": ("PixArt", {}),
     "alpha_pipeline": ("PixArt", {"height": 16, "width": 16}),
     "cosmos_pipeline": ("Cosmos", {"height": 16, "width": 16, "max_sequence_length": 24}),
+    "flux_pipeline": ("Flux", {"height": 16, "width": 16}),
     "sana_pipeline": ("Sana", {"height": 32, "width": 32, "max_sequence_length": 24}),
 }
 
@@ -57,6 +58,8 @@ def test_the_model_is_called_as_the_pipeline_calls_it(request, name, generate):
     if "encoder_attention_mask" in expected:
         assert torch.equal(calls[0]["encoder_attention_mask"][:, :length], expected["encoder_attention_mask"])
         assert not calls[0]["encoder_attention_mask"][:, length:].any()
+    if "pooled_projections" in expected:
+        assert torch.equal(calls[0]["pooled_projections"], expected["pooled_projections"])
     given = calls[0].get("added_cond_kwargs") or {}
     for key, value in expected.get("added_cond_kwargs", {}).items():
         assert (given[key] is None and value is None) or torch.equal(given[key], value)
