@@ -127,7 +127,12 @@ class TrainingConfig:
     )
     train_bias: float = _option("training", "Bias of the gate during training.", 0.75)
     train_temperature: float = _option("training", "Temperature of the gate during training.", 0.1)
-    embedding_learning_rate: float = _option("training", "Learning rate of the token embedding.", 0.006)
+    embedding_learning_rate: float = _option(
+        "training",
+        "Learning rate of the token embedding. With 0, a model with joint attention is trained without one, and its "
+        "text encoders leave the device.",
+        0.006,
+    )
     value_learning_rate: float = _option("training", "Learning rate of the target outputs.", 0.03)
     learning_rate: float | None = _option(
         "training", "Sets both learning rates: this for the target outputs, a tenth of it for the token embedding."

@@ -66,14 +66,30 @@ def subject_masks(
 
 
 def masks_without_base_model(
-    source: str, images: Sequence[TrainingImage], folder: str | os.PathLike, superclass: str
+    source: str,
+    images: Sequence[TrainingImage],
+    folder: str | os.PathLike,
+    superclass: str,
+    attention: bool = True,
 ) -> tuple[Tensor | None, str]:
     """Return what `subject_masks` returns, but for `attention` no masks: they take long.
 
+    Args:
+        source: as `subject_masks` takes it.
+        images: likewise.
+        folder: likewise.
+        superclass: likewise.
+        attention: whether the base model has cross-attention; if not, `auto` ends with no masks.
+
     Raises:
-        ValueError: as `subject_masks`.
+        ValueError: as `subject_masks`, or if the source is the cross-attention of a base model that has none.
     """
     masks: Tensor | None = None
+    if source == "attention" and not attention:
+        raise ValueError(
+            "mask is 'attention', but text and image attend to each other in this base model, so that there is no "
+            "cross-attention; expected 'alpha', a folder of masks, 'clipseg', 'none' or 'auto'"
+        )
     if source in ("none", "attention"):
         return None, source
     if source in ("alpha", "auto") and (masks := alpha_masks(images)) is not None:
@@ -87,7 +103,13 @@ def masks_without_base_model(
         try:
             return clipseg_masks(images, superclass, local_files_only=True), "clipseg"
         except (OSError, SafetensorError):  # not in the cache, or damaged there
-            return None, "attention"
+            if attention:
+                return None, "attention"
+            logger.warning(
+                "There are no masks of the subject, so that its surroundings are learned too: cut it out (alpha "
+                "channel), give a folder of masks, or download a CLIPSeg model."
+            )
+            return None, "none"
     if source != "clipseg" and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         return folder_masks(images, source), "folder"
     try:
@@ -199,7 +221,7 @@ def attention_masks(
     processors = {name: layer.processor for name, layer in layers.items()}
     try:
         for layer in layers.values():
-            layer.set_processor(_RecordingProcessor(layer.processor, positions, recorded))  # type: ignore[arg-type]
+            layer.set_processor(_RecordingProcessor(layer.processor, positions, recorded))
         for level in _NOISE_LEVELS:
             timestep = torch.full(
                 (len(latents),), int(level * schedule.config.num_train_timesteps), device=latents.device

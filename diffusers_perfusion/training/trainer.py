@@ -1,5 +1,7 @@
 """`PerfusionTrainer`: a concept in training, and one training step."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,8 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from ..concept import PerfusionConcept
-from ..model_families import family_of
+from ..model_families import PromptEncoding, family_of
+from ..placeholder_tokens import PlaceholderTokens
 from ..registry import registry_of, upload
 from .config import TrainingConfig
 from .initial_embedding import initial_embeddings, token_input, token_positions
@@ -44,6 +47,9 @@ _RECORDED = (
 class PerfusionTrainer:
     """A concept on a pipeline, of which only `v*` and the `o*_V` have gradients (paper Section 4).
 
+    In joint attention with a learning rate of 0 for `v*`, there is none: the model is trained with the super-class
+    prompts, which are encoded once, and only the `o*_V` have gradients. The text encoders then leave the device.
+
     Everything random in a step follows from the seed and the number of the step, for the batch of all processes at
     once. So a training can be resumed at any step, and two processes train as one with twice the batch size.
 
@@ -52,20 +58,26 @@ class PerfusionTrainer:
         config: settings.
         accelerator: an `Accelerator`, or a `SingleProcess` for a training that other processes do not take part in.
         data: latents and masks to train on.
-        c_inv: `C⁻¹`, `(d, d)` in float64.
+        c_inv: `C⁻¹`, `(d, d)` in float64; None for the identity.
 
     Attributes:
         concept: the concept; its tensors are the parameters.
         parameters: the trained tensors by name.
     """
 
-    def __init__(self, pipeline: Any, config: TrainingConfig, accelerator: Any, data: TrainingData, c_inv: Tensor):
+    def __init__(
+        self, pipeline: Any, config: TrainingConfig, accelerator: Any, data: TrainingData, c_inv: Tensor | None
+    ):
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
+        self.data = data
         # Apple's accelerator has no float64.
-        self.data, self.c_inv = data, c_inv.to("cpu" if accelerator.device.type == "mps" else accelerator.device)
+        cpu = accelerator.device.type == "mps"
+        self.c_inv = None if c_inv is None else c_inv.to("cpu" if cpu else accelerator.device)
         self.schedule = noise_schedule(pipeline.scheduler)
         self.family = family_of(pipeline)
         self.model = self.family.model
+        fixed = not config.embedding_learning_rate and not config.initial_embedding
+        self._values_alone = self.family.joint and fixed
         self.concept = self._load_initial_concept()
         templates = [template.format(config.placeholder_token) for template in TEMPLATES]
         # Of each image: the number of its own prompt, or -1.
@@ -76,8 +88,13 @@ class PerfusionTrainer:
         positions = token_positions(self.family, config.placeholder_token, prompt_ids)
         self._tokens_of_prompt = [{config.placeholder_token: places} for places in positions]
         self.prompt_ids = [ids.to(accelerator.device) for ids in prompt_ids]
+        self._encoding: PromptEncoding | None = None
+        if self._values_alone:
+            self._encoding = self._encode_superclass_prompts(prompt_ids)
 
         embeddings, outputs = self.concept.token_embeddings, self.concept.target_outputs
+        if self._values_alone:
+            embeddings = []
         self.parameters = {f"token_embeddings.{number}": embedding for number, embedding in enumerate(embeddings)} | {
             f"target_outputs.{layer}": output for layer, output in outputs.items()
         }
@@ -98,6 +115,8 @@ class PerfusionTrainer:
             torch.compiler.reset()  # earlier trainings in this process count towards torch's limit of recompilations
             self._compiled_model = torch.compile(self.model)
         self._checked = False
+        if self._values_alone:
+            self._move_text_encoders("cpu")
 
     @property
     def _registry(self) -> Any:
@@ -118,9 +137,10 @@ class PerfusionTrainer:
         ]
         if config.initial_embedding is not None:
             i_start = token_input(self.family, config.placeholder_token, embeddings, config.superclass)
+        if self._values_alone:
+            embeddings = [torch.zeros_like(vector) for vector in embeddings]
         with torch.no_grad():
-            inputs = i_start.to(self.model.dtype)
-            outputs = {name: layer.to_v(inputs).float() for name, layer in self.family.layers.items()}
+            outputs = self.family.initial_outputs(i_start.to(self.model.dtype))
         pipeline.load_perfusion(
             PerfusionConcept(
                 placeholder_token=config.placeholder_token,
@@ -138,7 +158,37 @@ class PerfusionTrainer:
         return self._registry.loaded[CONCEPT_NAME].concept
 
     def _inverse(self, vector: Tensor) -> Tensor:
-        return (self.c_inv @ vector.to(self.c_inv)).to(vector)
+        return vector.clone() if self.c_inv is None else (self.c_inv @ vector.to(self.c_inv)).to(vector)
+
+    @torch.no_grad()
+    def _encode_superclass_prompts(self, prompt_ids: Sequence[Tensor]) -> PromptEncoding:
+        """Encode all prompts with the super-class in place of the token, and note where its last token is in each."""
+        superclass_ids = []
+        for number, (text_encoder, ids) in enumerate(zip(self.family.text_encoders, prompt_ids, strict=True)):
+            tokens: Any = PlaceholderTokens.existing(text_encoder)
+            prompts = [tokens.superclass_prompt(row) for row in ids.tolist()]
+            superclass_ids.append(torch.tensor([prompt.input_ids for prompt in prompts]))
+            if number == self.family.position_encoder:
+                self._tokens_of_prompt = [
+                    {token: tuple(prompt.places[place] for place in places) for token, places in of_prompt.items()}
+                    for prompt, of_prompt in zip(prompts, self._tokens_of_prompt, strict=True)
+                ]
+        with self._registry.paused_tracking():
+            return self.family.encode(superclass_ids).map(lambda part: part.to(self.model.dtype))
+
+    def _move_text_encoders(self, device: torch.device | str) -> None:
+        for text_encoder in self.family.text_encoders:
+            text_encoder.to(device)
+
+    @contextmanager
+    def text_encoders_on_device(self) -> Iterator[None]:
+        """Keep the text encoders on the accelerator's device for the body of the statement."""
+        self._move_text_encoders(self.accelerator.device)
+        try:
+            yield
+        finally:
+            if self._values_alone:
+                self._move_text_encoders("cpu")
 
     def step(self, index: int) -> Tensor:
         """Do one optimizer step and return its mean loss over all processes, 0-dim.
@@ -192,20 +242,11 @@ class PerfusionTrainer:
             timesteps: of the noise, `(batch,)`.
             noise: `(batch, channels, h, w)`.
         """
-        # Each prompt is encoded once, and its rows are chosen by a product with a one-hot matrix: the backward pass
-        # of indexing adds up repeated rows in whatever order threads come, so that two runs would differ in their
-        # bits.
-        distinct, rows = prompts.unique(return_inverse=True)
         tokens = [self._tokens_of_prompt[prompt] for prompt in prompts.tolist()]
+        encoding = self._encode(prompts)
         device = self.accelerator.device
-        images, distinct, one_hot, timesteps, noise = (
-            upload(tensor, device) for tensor in (images, distinct, F.one_hot(rows).float(), timesteps, noise)
-        )
-        with self._registry.paused_tracking():  # the tokens of each row are known here
-            encoding = self.family.encode([ids[distinct] for ids in self.prompt_ids])
-        encoding = encoding.map(lambda part: torch.tensordot(one_hot, part.to(one_hot), dims=1))
-        encoding = encoding.map(lambda part: part.to(self.model.dtype))
-        self._registry.prepare(encoding.hidden_states, tokens)
+        images, timesteps, noise = (upload(tensor, device) for tensor in (images, timesteps, noise))
+        self._registry.prepare(encoding.hidden_states, tokens, encoding.pooled if self.family.joint else None)
         latents = self.data.latents[images]
         noisy = self.schedule.add_noise(latents, noise, timesteps).to(self.model.dtype)
         resolution = latents.shape[-1] * self.family.vae_scale_factor
@@ -214,6 +255,21 @@ class PerfusionTrainer:
         target = prediction_target(self.schedule, latents, noise, timesteps)
         weights = snr_weights(self.schedule, timesteps, self.config.snr_gamma)
         return masked_loss(prediction, target, self.data.masks[images], weights)
+
+    def _encode(self, prompts: Tensor) -> PromptEncoding:
+        """Return the text inputs of prompts by their indices, `(batch,)`, in the model's dtype."""
+        if self._encoding is not None:
+            rows = upload(prompts, self.accelerator.device)
+            return self._encoding.map(lambda part: part[rows])
+        # Each prompt is encoded once, and its rows are chosen by a product with a one-hot matrix: the backward pass
+        # of indexing adds up repeated rows in whatever order threads come, so that two runs would differ in their
+        # bits.
+        distinct, rows = prompts.unique(return_inverse=True)
+        distinct, one_hot = (upload(part, self.accelerator.device) for part in (distinct, F.one_hot(rows).float()))
+        with self._registry.paused_tracking():  # the tokens of each row are known here
+            encoding = self.family.encode([ids[distinct] for ids in self.prompt_ids])
+        encoding = encoding.map(lambda part: torch.tensordot(one_hot, part.to(one_hot), dims=1))
+        return encoding.map(lambda part: part.to(self.model.dtype))
 
     def _check_compiled(self, part: list[Tensor]) -> None:
         """Raise RuntimeError if the compiled model gives wrong gradients, as in some releases of torch."""
@@ -262,12 +318,13 @@ class PerfusionTrainer:
         Raises:
             RuntimeError: if the training diverged, to numbers that no concept file holds.
         """
-        # i*, the mean hidden state at the placeholder token.
-        positions = torch.tensor([places[-1] for prompt in self._tokens_of_prompt for places in prompt.values()])
-        with torch.no_grad(), self._registry.paused_tracking():
-            hidden_states = self.family.encode([ids[: len(TEMPLATES)] for ids in self.prompt_ids]).inputs.float()
-        at_token = hidden_states[torch.arange(len(TEMPLATES)), positions[: len(TEMPLATES)]].mean(0)
-        self.concept.target_input, self.concept.inverse_target_input = at_token, self._inverse(at_token)
+        if not self._values_alone:
+            # i*, the mean hidden state at the placeholder token.
+            positions = torch.tensor([places[-1] for prompt in self._tokens_of_prompt for places in prompt.values()])
+            with torch.no_grad(), self._registry.paused_tracking():
+                hidden_states = self.family.encode([ids[: len(TEMPLATES)] for ids in self.prompt_ids]).inputs.float()
+            at_token = hidden_states[torch.arange(len(TEMPLATES)), positions[: len(TEMPLATES)]].mean(0)
+            self.concept.target_input, self.concept.inverse_target_input = at_token, self._inverse(at_token)
         settings = {name: getattr(self.config, name) for name in _RECORDED}
         try:
             concept = self.concept.detach().to("cpu", copy=True)

@@ -84,7 +84,7 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
     if add_perfusion(pipeline).list_perfusion():
         raise ValueError("the pipeline has concepts loaded; call unload_perfusion() before training")
     family = family_of(pipeline)
-    model, factor = family.model, family.vae_scale_factor
+    model, factor = family.model, family.vae_scale_factor * family.latent_patch_size
     resolution = config.resolution or family.default_resolution
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
@@ -105,7 +105,9 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         raise ValueError(
             f"{config.covariance} is not a file; expected captions, or a .npy, .pt or .safetensors matrix, for C"
         )
-    masks, mask_source = masks_without_base_model(config.mask, images, config.instance_data_dir, config.superclass)
+    masks, mask_source = masks_without_base_model(
+        config.mask, images, config.instance_data_dir, config.superclass, attention=not family.joint
+    )
     precision = _PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     recipe = training_recipe(config, family, precision, images, prompts, masks, mask_source)
     recipe["num_processes"] = accelerator.num_processes
@@ -138,7 +140,9 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         data = make_training_data(
             family, pipeline.vae, to_tensor([image.image for image in images]), masks, config.random_flip, prompts
         )
-        c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
+        c_inv = None
+        if not family.joint:  # whose layers have no inputs of their own to compare
+            c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
         _move(model, accelerator.device, precision)
         had_checkpointing = model.is_gradient_checkpointing
         if config.gradient_checkpointing:
@@ -153,6 +157,8 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
                 concept = _run(trainer, start, checkpoint, recipe, facts)
         finally:
             pipeline.unload_perfusion()
+            for text_encoder in family.text_encoders:
+                _move(text_encoder, accelerator.device, torch.float32)
             if not had_checkpointing:
                 model.disable_gradient_checkpointing()
         if repo_id is not None:
@@ -263,7 +269,8 @@ def _run(
         # A stopped training may have its last checkpoint, and not the images of the same step.
         missing = start > 0 and _validates(config, start) and not sheet_path(config, start).exists()
         if missing and accelerator.is_main_process:
-            validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, start)
+            with trainer.text_encoders_on_device():
+                validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, start)
         while step < config.max_train_steps:
             unread.append(trainer.step(step))
             step += 1
@@ -286,7 +293,8 @@ def _run(
                     config.checkpoints_total_limit,
                 )
             if _validates(config, step):
-                validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, step)
+                with trainer.text_encoders_on_device():
+                    validate(trainer.pipeline, CONCEPT_NAME, config, accelerator, step)
         concept = trainer.trained_concept(step, **facts)
         if accelerator.is_main_process:
             concept.save(output_dir / WEIGHT_NAME)

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LENGTH, WIDTH, make_unet
-from diffusers import StableDiffusionPipeline
+from conftest import LENGTH, WIDTH, make_flux, make_unet
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_validation import Album
 
 from diffusers_perfusion import PerfusionConcept, add_perfusion
 from diffusers_perfusion.model_families import cross_attention_layers, family_of
+from diffusers_perfusion.model_families.flux import Flux
 from diffusers_perfusion.registry import registry_of
 from diffusers_perfusion.training import TrainingConfig, masks, train, training_loop, validation
 from diffusers_perfusion.training.superclass import superclass_embeddings, superclass_input
@@ -80,13 +81,18 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
     assert facts.items() <= concept.training.items()
 
 
-@pytest.mark.parametrize("name", ["xl_pipeline", "pixart_pipeline", "sana_pipeline", "cosmos_pipeline"])
+@pytest.mark.parametrize(
+    "name", ["xl_pipeline", "pixart_pipeline", "sana_pipeline", "cosmos_pipeline", "flux_pipeline"]
+)
 def test_training_of_other_families(request, name, training_settings, generate):
     pipe = request.getfixturevalue(name)
     if name == "cosmos_pipeline":
         arguments = {"negative_prompt": ["", ""], "max_sequence_length": LENGTH, "height": 16, "width": 16}
         generate = partial(generate, **arguments)
         training_settings = training_settings | {"resolution": 16}
+    elif name == "flux_pipeline":
+        generate = partial(generate, max_sequence_length=LENGTH, height=16, width=16)
+        training_settings = training_settings | {"resolution": 16, "value_learning_rate": 0.3}
     elif name != "xl_pipeline":
         generate = partial(generate, use_resolution_binning=False, clean_caption=False, max_sequence_length=LENGTH)
     if name == "sana_pipeline":
@@ -97,7 +103,12 @@ def test_training_of_other_families(request, name, training_settings, generate):
     prompts = ["a <my-cat> on the beach", "a cat on the beach"]
     plain = generate(prompts, pipe)
     config = TrainingConfig(
-        **training_settings | {"mask": "attention", "max_train_steps": 6, "checkpointing_steps": 3}
+        **training_settings
+        | {
+            "mask": "none" if family_of(pipe).joint else "attention",
+            "max_train_steps": 6,
+            "checkpointing_steps": 3,
+        }
     )
     train(pipe, config)
     path = Path(config.output_dir) / "perfusion.safetensors"
@@ -114,6 +125,114 @@ def test_training_of_other_families(request, name, training_settings, generate):
     path.unlink()
     train(pipe, replace(config, resume_from_checkpoint="checkpoint-3"))
     assert path.read_bytes() == written
+
+
+@pytest.fixture
+def values_alone(training_settings):
+    """Settings of a training in joint attention without token embeddings."""
+    return training_settings | {
+        "superclass": "teddy bear",
+        "embedding_learning_rate": 0.0,
+        "value_learning_rate": 0.3,
+        "resolution": 16,
+        "max_train_steps": 6,
+    }
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_training_values_alone(
+    flux_components, values_alone, generate, no_long_work, losses, guidance_embeds, gradient_checkpointing
+):
+    pipe = add_perfusion(FluxPipeline(**flux_components | {"transformer": make_flux(guidance_embeds)}))
+    pipe.set_progress_bar_config(disable=True)
+    for model in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
+        model.requires_grad_(False)
+    generate = partial(generate, pipe=pipe, max_sequence_length=LENGTH, height=16, width=16)
+    prompts = ["a <my-cat> on the beach", "a teddy bear on the beach"]
+    plain = generate(prompts)
+    config = TrainingConfig(**values_alone | {"gradient_checkpointing": gradient_checkpointing})
+    concept = train(pipe, config)
+    assert all(not embedding.any() for embedding in concept.token_embeddings)
+    assert torch.equal(concept.target_input, concept.superclass_input)
+    assert all(output.abs().max() > 0.1 for output in concept.target_outputs.values())
+    pipe.load_perfusion(Path(config.output_dir) / "perfusion.safetensors")
+    trained = generate(prompts)
+    assert torch.equal(trained[1], plain[1])
+    assert (trained[0] - plain[1]).abs().max() > 1e-3
+    with pipe.set_perfusion(bias=2.0, temperature=0.01):
+        assert torch.equal(generate(prompts)[0], plain[1])
+
+
+def test_training_values_alone_lowers_the_loss(flux_pipeline, values_alone, losses):
+    """Of the same image, noise and timesteps."""
+    settings = values_alone | {"max_train_steps": 40, "train_batch_size": 8}
+    train(
+        flux_pipeline,
+        TrainingConfig(**settings | {"value_learning_rate": 0.0, "output_dir": settings["output_dir"] + "0"}),
+    )
+    untrained = losses[-10:]
+    train(flux_pipeline, TrainingConfig(**settings | {"lr_scheduler": "cosine"}))
+    assert all(loss < before for loss, before in zip(losses[-10:], untrained, strict=True))
+
+
+def test_text_encoders_leave_the_device_while_values_are_trained(flux_pipeline, values_alone, monkeypatch):
+    """And are there for validation images and afterwards."""
+    calls, devices = [], []
+    step, move = PerfusionTrainer.step, PerfusionTrainer._move_text_encoders
+
+    def watched(self, index):
+        before = len(calls)
+        loss = step(self, index)
+        assert len(calls) == before and devices[-1] == "cpu"
+        return loss
+
+    def moving(self, device):
+        devices.append(device)
+        move(self, device)
+
+    monkeypatch.setattr(PerfusionTrainer, "step", watched)
+    monkeypatch.setattr(PerfusionTrainer, "_move_text_encoders", moving)
+    monkeypatch.setattr(training_loop, "validate", lambda *_: devices.append("validation"))
+    for text_encoder in (flux_pipeline.text_encoder, flux_pipeline.text_encoder_2):
+        text_encoder.register_forward_pre_hook(lambda *_: calls.append(True))
+    train(flux_pipeline, TrainingConfig(**values_alone | {"validation_prompt": ["a <my-cat>"], "validation_steps": 3}))
+    validation = [torch.device("cpu"), "validation", "cpu"]  # the first is the accelerator's device
+    assert calls and devices == ["cpu", *validation, *validation]
+
+
+def test_captions_of_values_alone_are_those_of_the_superclass(flux_pipeline, values_alone, images_folder, monkeypatch):
+    for number in (1, 2, 3):
+        (images_folder / f"{number}.txt").write_text("a teddy bear on the beach")
+    seen, predict = [], Flux.predict
+
+    def record(self, model, noisy, timesteps, encoding, resolution):
+        edit = registry_of(self.model).edit
+        seen.extend(zip(encoding.hidden_states, encoding.pooled, edit.gate[..., 0], strict=True))
+        return predict(self, model, noisy, timesteps, encoding, resolution)
+
+    monkeypatch.setattr(Flux, "predict", record)
+    train(flux_pipeline, TrainingConfig(**values_alone))
+    family = family_of(flux_pipeline)
+    ids = family.tokenize(["a teddy bear on the beach"])
+    with torch.no_grad():
+        expected = family.encode(ids)
+    place = ids[1][0].tolist().index(family.tokenizers[1](" bear", add_special_tokens=False).input_ids[0])
+    captioned = [
+        gate
+        for text, pooled, gate in seen
+        if torch.allclose(text, expected.hidden_states[0], atol=1e-5)
+        and torch.allclose(pooled, expected.pooled[0], atol=1e-5)
+    ]
+    assert len(seen) == 24 and 4 < len(captioned) < 20
+    assert all(gate.nonzero()[:, 0].tolist() == [place] for gate in captioned)
+
+
+def test_masks_of_cross_attention_need_some(flux_pipeline, values_alone, caplog, no_long_work):
+    with pytest.raises(ValueError, match="mask is 'attention', but text and image attend to each other"):
+        train(flux_pipeline, TrainingConfig(**values_alone | {"mask": "attention"}))
+    assert train(flux_pipeline, TrainingConfig(**values_alone | {"mask": "auto"})).training["mask"] == "none"
+    assert "There are no masks of the subject" in caplog.text
 
 
 def test_training_with_two_text_encoders_starts_at_embeddings_of_textual_inversion(
