@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
@@ -152,8 +153,11 @@ def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., An
                 given.arguments[name] = _with_exact_tokens(value, registry.placeholder_tokens)
                 _warn_of_missing_brackets(given.arguments[name], registry.placeholder_tokens)
         clip_skip, max_length = given.arguments.get("clip_skip"), given.arguments.get("max_sequence_length")
-        with registry.encoding(text_encoders, clip_skip, max_length):
-            return encode_prompt(*given.args, **given.kwargs)
+        with registry.encoding(text_encoders, clip_skip, max_length) as found:
+            encoded = encode_prompt(*given.args, **given.kwargs)
+        prompts = [value for name, value in given.arguments.items() if re.fullmatch(r"prompt(_\d)?", name)]
+        _warn_of_lost_tokens(prompts, found, registry.placeholder_tokens)
+        return encoded
 
     return run
 
@@ -168,6 +172,24 @@ def _with_exact_tokens(prompt: Any, tokens: Sequence[str]) -> Any:
     return re.sub(
         _pattern(tokens), lambda found: exact.get(found[0], exact[found[0].lower()]), prompt, flags=re.IGNORECASE
     )
+
+
+def _warn_of_lost_tokens(prompts: Sequence[Any], found: Sequence[Counter[str]], tokens: Sequence[str]) -> None:
+    """Log a warning if fewer rows hold a placeholder token than prompts do.
+
+    Args:
+        prompts: arguments of a pipeline: a prompt, several, or None.
+        found: for each text encoder, in how many rows each token was found.
+        tokens: of all concepts.
+    """
+    batches = [[prompt] if isinstance(prompt, str) else prompt or () for prompt in prompts]
+    for token in tokens:
+        wanted = max((sum(bool(re.search(_pattern([token]), text)) for text in batch) for batch in batches), default=0)
+        if wanted > max((counter[token] for counter in found), default=0):
+            logger.warning(
+                f"{token} falls off the end of a prompt, of which the text encoder reads only the beginning, so the "
+                "concept is not applied there; expected it earlier."
+            )
 
 
 def _warn_of_missing_brackets(prompt: Any, tokens: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ recognises.
 
 import hashlib
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,8 +126,11 @@ class PromptTracker:
             self._call.paused = before
 
     @contextmanager
-    def taking(self, clip_skip: int | None, max_sequence_length: int | None) -> Iterator[None]:
+    def taking(self, clip_skip: int | None, max_sequence_length: int | None) -> Iterator[Counter[str]]:
         """Set which hidden states the pipeline uses of prompts that this thread encodes in the body of the statement.
+
+        Yields:
+            In how many rows of hidden states each placeholder token was found.
 
         Args:
             clip_skip: as in `ModelFamily.possible_hidden_states`.
@@ -134,9 +138,9 @@ class PromptTracker:
         """
         call = vars(self._call)
         before = dict(call)
-        call |= {"clip_skip": clip_skip, "max_length": max_sequence_length}
+        call |= {"clip_skip": clip_skip, "max_length": max_sequence_length, "found": Counter()}
         try:
-            yield
+            yield call["found"]
         finally:
             call.clear()
             call.update(before)
@@ -166,6 +170,8 @@ class PromptTracker:
                 for token, positions in positions_of.items()
                 if not places.keys().isdisjoint(positions)
             }
+            if any(hidden_states.ndim > 2 for hidden_states in possible):
+                getattr(self._call, "found", Counter()).update(Counter(found.keys()))
             mask = None if attention_mask is None else attention_mask[number].cpu().clone()
             text = tokens.text(ids)
             for choice, hidden_states in enumerate(possible):

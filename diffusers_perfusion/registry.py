@@ -6,6 +6,7 @@ It is an attribute of the model, because pipelines share the model and the model
 import copy
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -233,21 +234,25 @@ class ConceptRegistry:
     @contextmanager
     def encoding(
         self, text_encoders: Sequence[Any], clip_skip: int | None, max_sequence_length: int | None
-    ) -> Iterator[None]:
+    ) -> Iterator[list[Counter[str]]]:
         """Let a pipeline encode prompts with this registry's tokens alone, and track which hidden states it uses.
+
+        Yields:
+            For each text encoder, in how many rows of hidden states each placeholder token was found.
 
         Args:
             text_encoders: of the pipeline; those that are None encode nothing.
             clip_skip: as in `ModelFamily.possible_hidden_states`.
             max_sequence_length: as in `ModelFamily.kept_positions`.
         """
+        found = []
         with ExitStack() as stack:
             for text_encoder in text_encoders:
                 if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
                     stack.enter_context(tokens.only(self))
                     tracker = PromptTracker.of(tokens)
-                    stack.enter_context(tracker.taking(clip_skip, max_sequence_length))
-            yield
+                    found.append(stack.enter_context(tracker.taking(clip_skip, max_sequence_length)))
+            yield found
 
     @contextmanager
     def paused_tracking(self) -> Iterator[None]:
@@ -303,7 +308,7 @@ class ConceptRegistry:
 
         Args:
             hidden_states: as the model gets them, `(batch, length, width)`; None if it is called without any.
-            rows: positions of the placeholder tokens in each row, where the caller knows them.
+            rows: positions of the placeholder tokens in each row, where the caller knows them. Then nothing fades.
             pooled: vectors of the prompts, `(batch, d_pooled)`, that a joint-attention model gets beside them.
 
         Raises:
@@ -431,7 +436,7 @@ class ConceptRegistry:
             coef=coef,
             gate=gate,
             inputs=None if superclass_prompt is None else fade(inputs, superclass_prompt, gate),
-            pooled=None if pooled is None else self._faded_pooled(pooled, gate),
+            pooled=None if pooled is None or given is not None else self._faded_pooled(pooled, gate),
             superclass_prompt=superclass_prompt if self.locking == "global" else None,
             repeats_rows=self.repeats_rows,
         )

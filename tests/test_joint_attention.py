@@ -232,6 +232,15 @@ def test_arguments_by_place_are_seen(pipe, concept, draw):
         assert effect(pipe.transformer(*given).sample, by_place) > 1e-3
 
 
+def test_a_token_that_t5_does_not_read_is_named_though_clip_reads_it(pipe, concept, caplog):
+    pipe.load_perfusion(concept())
+    with caplog.at_level(logging.WARNING):
+        pipe.encode_prompt([BEAR, f"a {BEAR}"], max_sequence_length=LENGTH)
+        assert "falls off" not in caplog.text
+        pipe.encode_prompt([BEAR, "a photo of a photo of a photo of a <my-bear>"], max_sequence_length=10)
+    assert "<my-bear> falls off the end of a prompt, of which the text encoder reads only the beginning" in caplog.text
+
+
 # Beside what else changes the layers
 
 

@@ -347,6 +347,14 @@ def test_no_warning_of_other_words(pipeline, edited, generate, warnings, prompt)
     assert not warnings()
 
 
+def test_a_token_off_the_end_of_one_prompt_is_warned_of(pipeline, edited, generate, warnings):
+    generate(["a <my-cat>", "<my-cat> and a <my-cat>"], negative_prompt=["a <my-cat>", "a dog"])
+    assert not warnings()
+    generate(["a <my-cat>", "a photo of " * 10 + "a <my-cat>"])
+    (message,) = warnings()
+    assert message.startswith("<my-cat> falls off the end of a prompt, of which the text encoder reads only the begin")
+
+
 @pytest.mark.parametrize("token", ["<my-cat>", "<My-Cat>"])
 @pytest.mark.parametrize("name", ["pipeline", "xl_pipeline", "pixart_pipeline", "sana_pipeline"])
 def test_a_token_is_found_in_any_case(request, generate, name, token):

@@ -40,13 +40,19 @@ def accelerated(environment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", ["xl_pipeline", "sana_pipeline"]
-)  # two text encoders; a projection and an instruction
+    ("family", "changed"),
+    [
+        ("xl_pipeline", {}),  # two text encoders
+        ("sana_pipeline", {}),  # a projection and an instruction
+        # joint attention, with the text encoders off the accelerator
+        ("flux_pipeline", {"mask": "none", "resolution": 16, "embedding_learning_rate": 0.0}),
+    ],
+)
 def test_training_waits_for_nothing_and_gives_the_same_concept(
-    request, accelerated, training_settings, family, tmp_path
+    request, accelerated, training_settings, family, changed, tmp_path
 ):
     request.getfixturevalue(family).save_pretrained(tmp_path / "model")
-    settings = training_settings | {"pretrained_model_name_or_path": tmp_path / "model", "mask": "attention"}
+    settings = training_settings | {"pretrained_model_name_or_path": tmp_path / "model", "mask": "attention"} | changed
     first, *others = accelerated("train", *flags(settings | {"output_dir": tmp_path / "there"}))
     assert first  # its gradients are looked at
     theirs = str(Path(transformers.__file__).parent)

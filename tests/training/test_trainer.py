@@ -170,8 +170,8 @@ def test_a_step_with_captions_edits_where_their_tokens_are(make_trainer, pipelin
     trainer = make_trainer((captions[0], None, captions[1]))
     seen, prepare = {}, trainer._registry.prepare
 
-    def record(hidden_states, rows=None):
-        prepare(hidden_states, rows)
+    def record(hidden_states, rows=None, pooled=None):
+        prepare(hidden_states, rows, pooled)
         for row, gate in zip(rows or (), trainer._registry.edit.gate[..., 0], strict=rows is not None):
             seen[row[TOKEN]] = gate.isclose(gate.max()).nonzero()[:, 0].tolist()
 
