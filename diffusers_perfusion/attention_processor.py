@@ -57,6 +57,7 @@ class Edit:
         inputs: what layers project instead of their hidden states, of `rank_one_edit.fade`, `(batch, length, d)`;
             None for the hidden states as they are. Under joint attention it is what the model gets.
         pooled: the pooled vectors that the model gets instead of its own, `(batch, d_pooled)`; None for its own.
+        longer: by how many tokens the text that the model gets is longer in each row than its own, whose mask it has.
         superclass_prompt: hidden states of the super-class prompts, `(batch, length, d)`, which all keys are computed
             from under global key-locking; None under local key-locking.
         repeats_rows: whether the model repeats each row (`repeat_interleave`) before it calls its layers.
@@ -68,6 +69,7 @@ class Edit:
     gate: Tensor
     inputs: Tensor | None = None
     pooled: Tensor | None = None
+    longer: tuple[int, ...] = ()
     superclass_prompt: Tensor | None = None
     repeats_rows: bool = False
 

@@ -35,6 +35,12 @@ class Row:
         return any(part.replaced for part in self.parts if part is not None)
 
     @property
+    def longer(self) -> int:
+        """By how many tokens the super-class prompt is longer than the row, where the model gets it."""
+        parts = [part.superclass for part in self.parts if part is not None and part.replaced]
+        return max((superclass.longer for superclass in parts if superclass is not None), default=0)
+
+    @property
     def tokens(self) -> Mapping[str, tuple[int, ...]]:
         """Positions of each placeholder token, as given or in the parts of all text encoders that read it."""
         found: dict[str, tuple[int, ...]] = {}

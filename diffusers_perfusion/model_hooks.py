@@ -3,6 +3,7 @@
 That is wrapped attention processors, or in joint attention hooks on the projections.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -128,7 +129,19 @@ def _prepare_joint(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         kwargs["encoder_hidden_states"] = edit.inputs
     if edit.pooled is not None:
         kwargs["pooled_projections"] = edit.pooled
+    if registry.mask_argument is not None and kwargs.get(registry.mask_argument) is not None:
+        length = kwargs["encoder_hidden_states"].shape[1]
+        kwargs[registry.mask_argument] = _lengthened(kwargs[registry.mask_argument], length, edit.longer)
     return (), kwargs
+
+
+def _lengthened(mask: Tensor, length: int, longer: Sequence[int]) -> Tensor:
+    """Return a mask, `(batch, length + …)`, that shows as many tokens more of each row's text."""
+    mask = mask.clone()
+    for row, more in zip(mask, longer, strict=True):
+        row[more:length] = row[: length - more].clone()
+        row[:more] = row[0]
+    return mask
 
 
 def _prepare_layers(registry: ConceptRegistry, hidden_states: Tensor | None, pooled: Tensor | None = None) -> None:

@@ -80,6 +80,8 @@ class ConceptRegistry:
         layers: the model's edited attention layers by module name.
         projection: of the model, as in `ModelFamily`.
         joint: likewise.
+        mask_argument: likewise.
+        width: of the hidden states that the model takes.
     """
 
     def __init__(self, family: ModelFamily) -> None:
@@ -90,6 +92,7 @@ class ConceptRegistry:
         self.layers: dict[str, Any] = family.layers
         self.projection: tuple[nn.Module, ...] = family.projection
         self.joint = family.joint
+        self.mask_argument = family.mask_argument
         self.width = family.width
         self.repeats_rows = family.repeats_rows
         self._reset()
@@ -437,6 +440,7 @@ class ConceptRegistry:
             gate=gate,
             inputs=None if superclass_prompt is None else fade(inputs, superclass_prompt, gate),
             pooled=None if pooled is None or given is not None else self._faded_pooled(pooled, gate),
+            longer=tuple(0 if row is None else row.longer for row in recognised),
             superclass_prompt=superclass_prompt if self.locking == "global" else None,
             repeats_rows=self.repeats_rows,
         )

@@ -15,6 +15,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     AutoencoderTiny,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     Cosmos2TextToImagePipeline,
     CosmosTransformer3DModel,
     DDIMScheduler,
@@ -522,6 +524,39 @@ def flux_components(components, t5_tokenizer_folder):
         "transformer": make_flux(),
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     }
+
+
+@pytest.fixture
+def chroma_components(flux_components):
+    """Parts of a Chroma pipeline: as those of Flux, without CLIP."""
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()
+    return {
+        "vae": flux_components["vae"],
+        "text_encoder": flux_components["text_encoder_2"],
+        "tokenizer": flux_components["tokenizer_2"],
+        "transformer": transformer,
+        "scheduler": flux_components["scheduler"],
+    }
+
+
+@pytest.fixture
+def chroma_pipeline(chroma_components):
+    """A tiny Chroma pipeline that loads concepts."""
+    pipeline = add_perfusion(ChromaPipeline(**chroma_components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from diffusers import (
     AutoencoderKL,
     AutoPipelineForImage2Image,
     AutoPipelineForText2Image,
+    ChromaImg2ImgPipeline,
+    ChromaPipeline,
     ControlNetModel,
     Cosmos2TextToImagePipeline,
     DPMSolverMultistepScheduler,
@@ -241,6 +243,14 @@ PIPELINES = {
             ),
         ),
     },
+    "Chroma": {
+        "text to image": (lambda parts: ChromaPipeline(**parts), lambda: FLUX),
+        "without guidance": (lambda parts: ChromaPipeline(**parts), lambda: FLUX | {"guidance_scale": 1.0}),
+        "image to image": (
+            lambda parts: ChromaImg2ImgPipeline(**parts),
+            lambda: FLUX | {"image": image(), "strength": 0.9},
+        ),
+    },
 }
 COMPONENTS = {
     "Stable Diffusion": "components",
@@ -249,10 +259,11 @@ COMPONENTS = {
     "Sana": "sana_components",
     "Cosmos": "cosmos_components",
     "Flux": "flux_components",
+    "Chroma": "chroma_components",
 }
 
 # How keys are locked. Joint attention locks them always, and most of all without token embeddings.
-LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | {"Flux": ("local", "values alone")}
+LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(("Flux", "Chroma"), ("local", "values alone"))
 
 
 def concept_for(pipe, locking):
@@ -449,6 +460,7 @@ BESIDE = {
     "PixArt": TRANSFORMERS,
     "Sana": ("LoRA", *TRANSFORMERS),
     "Cosmos": TRANSFORMERS,
+    "Chroma": ("LoRA", "fused transformer", "attention backend", "bfloat16", "group offload"),
     "Flux": ("LoRA", "two LoRAs with weights", "fused LoRA", "Textual Inversion", *OF_FLUX, *TRANSFORMERS),
 }
 

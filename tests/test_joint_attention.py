@@ -10,6 +10,7 @@ import torch
 from conftest import LENGTH, make_flux, random_concept
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
+from torch._dynamo.testing import CompileCounter
 
 from diffusers_perfusion.joint_attention import ValueHook, value_sites
 from diffusers_perfusion.model_families import family_of
@@ -186,6 +187,20 @@ def test_global_locking_is_refused(pipe, concept):
         pipe.set_perfusion(locking="global")
 
 
+def test_the_mask_of_text_is_that_of_the_superclass_prompt(chroma_pipeline, generate, concept):
+    """Which is one token longer."""
+    draw = partial(generate, pipe=chroma_pipeline, height=16, width=16, max_sequence_length=LENGTH)
+    prompts = [BEAR, PLAIN, OTHER]
+    plain = draw(prompts)
+    made = random_concept(chroma_pipeline, "<my-bear>", "teddy bear")
+    made.token_embeddings = [torch.zeros_like(embedding) for embedding in made.token_embeddings]
+    chroma_pipeline.load_perfusion(made)
+    edited = draw(prompts)
+    assert torch.equal(edited[1:], plain[1:]) and effect(edited[0], plain[0]) > 1e-3
+    chroma_pipeline.set_perfusion(bias=2.0, temperature=0.01)
+    assert torch.equal(draw(prompts)[0], plain[1])
+
+
 # How prompts come
 
 
@@ -328,6 +343,26 @@ def test_layers_without_a_known_projection_are_refused(pipe, concept):
     del pipe.transformer.single_transformer_blocks[0].attn.to_v
     with pytest.raises(ValueError, match="FluxAttention computes values by no module that Perfusion knows"):
         pipe.load_perfusion(concept())
+
+
+def test_a_compiled_model_is_compiled_once(pipe, draw, concept):
+    def changes():
+        images = [draw([BEAR, OTHER])]
+        with pipe.set_perfusion(bias=0.3):
+            images.append(draw([BEAR, OTHER]))
+        pipe.disable_perfusion()
+        images.append(draw([BEAR, OTHER]))
+        pipe.enable_perfusion()
+        return images
+
+    pipe.load_perfusion(concept())
+    eager = changes()
+    counter = CompileCounter()
+    pipe.transformer.compile(backend=counter)
+    pipe.load_perfusion(concept("<my-cat>", "cat", 1))
+    compiled = changes()
+    assert all(effect(*pair) < 1e-5 for pair in zip(eager, compiled, strict=True))
+    assert counter.frame_count == 2  # with an edit and without
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -6,6 +6,7 @@ A new family is a subclass of `ModelFamily` in a file of its own, imported below
 from typing import Any
 
 from .base import ModelFamily, PromptEncoding, cross_attention_layers, edited_model
+from .chroma import Chroma
 from .cosmos import Cosmos
 from .flux import Flux
 from .pixart import PixArt
@@ -16,7 +17,7 @@ from .stable_diffusion_xl import StableDiffusionXL
 __all__ = ["FAMILIES", "ModelFamily", "PromptEncoding", "cross_attention_layers", "edited_model", "family_of"]
 
 # A pipeline belongs to the first family whose model class and text encoders it has.
-FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana, Cosmos, Flux)
+FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana, Cosmos, Flux, Chroma)
 
 
 def family_of(pipeline: Any) -> ModelFamily:

@@ -51,6 +51,7 @@ class ModelFamily:
         position_encoder: index of the text encoder whose tokens the positions of hidden states are.
         joint: whether text and image attend to each other in joint layers. Then the model gets the super-class prompt,
             and concepts are edited into values alone; see `JointFamily`.
+        mask_argument: name of a joint model's argument for the mask of text and what follows it; None for none.
         hidden_state_index: index of the hidden states that pipelines take; None for the text encoder's own output.
         passes_attention_mask: whether pipelines tell the text encoder which tokens are padding.
         sees_padding: whether the model attends to padding, so that prompts are padded to their full length.
@@ -76,6 +77,7 @@ class ModelFamily:
     text_components: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
     position_encoder: ClassVar[int] = 0
     joint: ClassVar[bool] = False
+    mask_argument: ClassVar[str | None] = None
     hidden_state_index: ClassVar[int | None] = None
     passes_attention_mask: ClassVar[bool] = False
     sees_padding: ClassVar[bool] = True

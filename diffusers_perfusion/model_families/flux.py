@@ -4,41 +4,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .base import PromptEncoding, embedding_table
-from .joint import JointFamily
+from .joint import PackedFamily
 
 # Of models that are distilled from guidance, in training: at 1 they predict the flow of the images themselves.
 TRAINING_GUIDANCE = 1.0
 
 
-class Flux(JointFamily):
-    """Transformers that take latents packed in patches, and predict a flow at timesteps from 0 to 1."""
+class Flux(PackedFamily):
+    """Transformers with joint attention to T5, which CLIP's pooled vector modulates."""
 
     name = "Flux"
     model_classes = ("FluxTransformer2DModel",)
     text_components = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
     position_encoder = 1
-    max_sequence_length = 512
-    latent_patch_size = 2
-
-    def __init__(self, pipeline: Any):
-        super().__init__(pipeline)
-        self._sample_size = pipeline.default_sample_size
-        self._num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
 
     @property
     def width(self) -> int:
         """Width of T5's hidden states."""
         return self.widths[self.position_encoder]
-
-    @property
-    def default_resolution(self) -> int:
-        """Side of the pipeline's default images, in pixels."""
-        return self._sample_size * self.vae_scale_factor
 
     def _max_length(self, tokenizer: Any) -> int | None:
         is_clip = tokenizer is not self.tokenizers[self.position_encoder]
@@ -71,22 +58,3 @@ class Flux(JointFamily):
         guided = self.model.config.guidance_embeds
         guidance = torch.full((len(pooled),), TRAINING_GUIDANCE, device=pooled.device) if guided else None
         return {"pooled_projections": pooled, "guidance": guidance}
-
-    def predict(
-        self, model: Any, noisy: Tensor, timesteps: Tensor, encoding: PromptEncoding, resolution: int
-    ) -> Tensor:
-        """Return the flow that the model predicts, unpacked."""
-        patch, length = self.latent_patch_size, encoding.hidden_states.shape[1]
-        height, width = (side // patch for side in noisy.shape[-2:])
-        positions = noisy.new_zeros(height, width, 3)
-        positions[..., 1] += torch.arange(height, device=noisy.device)[:, None]
-        positions[..., 2] += torch.arange(width, device=noisy.device)
-        packed = model(
-            hidden_states=F.pixel_unshuffle(noisy, patch).flatten(2).mT,
-            timestep=(timesteps / self._num_train_timesteps).to(noisy),
-            encoder_hidden_states=encoding.hidden_states,
-            img_ids=positions.flatten(0, 1),
-            txt_ids=noisy.new_zeros(length, 3),
-            **self.conditions(encoding, resolution),
-        ).sample
-        return F.pixel_shuffle(packed.mT.unflatten(2, (height, width)), patch)

@@ -5,10 +5,11 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..joint_attention import value_sites
-from .base import ModelFamily
+from .base import ModelFamily, PromptEncoding
 
 
 class JointFamily(ModelFamily):
@@ -53,3 +54,39 @@ class JointFamily(ModelFamily):
     def initial_outputs(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return zeros, which change no value."""
         return {name: torch.zeros(width).to(inputs.device) for name, (_, width) in self.layer_widths.items()}
+
+
+class PackedFamily(JointFamily):
+    """Transformers that take latents packed in patches, and predict a flow at timesteps from 0 to 1."""
+
+    max_sequence_length = 512
+    latent_patch_size = 2
+
+    def __init__(self, pipeline: Any):
+        super().__init__(pipeline)
+        self._sample_size = pipeline.default_sample_size
+        self._num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+
+    @property
+    def default_resolution(self) -> int:
+        """Side of the pipeline's default images, in pixels."""
+        return self._sample_size * self.vae_scale_factor
+
+    def predict(
+        self, model: Any, noisy: Tensor, timesteps: Tensor, encoding: PromptEncoding, resolution: int
+    ) -> Tensor:
+        """Return the flow that the model predicts, unpacked."""
+        patch, length = self.latent_patch_size, encoding.hidden_states.shape[1]
+        height, width = (side // patch for side in noisy.shape[-2:])
+        positions = noisy.new_zeros(height, width, 3)
+        positions[..., 1] += torch.arange(height, device=noisy.device)[:, None]
+        positions[..., 2] += torch.arange(width, device=noisy.device)
+        packed = model(
+            hidden_states=F.pixel_unshuffle(noisy, patch).flatten(2).mT,
+            timestep=(timesteps / self._num_train_timesteps).to(noisy),
+            encoder_hidden_states=encoding.hidden_states,
+            img_ids=positions.flatten(0, 1),
+            txt_ids=noisy.new_zeros(length, 3),
+            **self.conditions(encoding, resolution),
+        ).sample
+        return F.pixel_shuffle(packed.mT.unflatten(2, (height, width)), patch)

@@ -20,6 +20,7 @@ ALL = {
     "pixart_pipeline": ("PixArt", {}),
     "alpha_pipeline": ("PixArt", {"height": 16, "width": 16}),
     "cosmos_pipeline": ("Cosmos", {"height": 16, "width": 16, "max_sequence_length": 24}),
+    "chroma_pipeline": ("Chroma", {"height": 16, "width": 16}),
     "flux_pipeline": ("Flux", {"height": 16, "width": 16}),
     "sana_pipeline": ("Sana", {"height": 32, "width": 32, "max_sequence_length": 24}),
 }
@@ -55,6 +56,8 @@ def test_the_model_is_called_as_the_pipeline_calls_it(request, name, generate):
     torch.testing.assert_close(calls[0]["encoder_hidden_states"][:, :length], encoding.hidden_states[:, :length])
     expected = family_of(pipe).conditions(encoding, 16)
     assert expected or family in ("Stable Diffusion", "Cosmos")
+    if "attention_mask" in expected:
+        assert torch.equal(calls[0]["attention_mask"], expected["attention_mask"])
     if "encoder_attention_mask" in expected:
         assert torch.equal(calls[0]["encoder_attention_mask"][:, :length], expected["encoder_attention_mask"])
         assert not calls[0]["encoder_attention_mask"][:, length:].any()

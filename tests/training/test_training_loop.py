@@ -82,7 +82,8 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
 
 
 @pytest.mark.parametrize(
-    "name", ["xl_pipeline", "pixart_pipeline", "sana_pipeline", "cosmos_pipeline", "flux_pipeline"]
+    "name",
+    ["xl_pipeline", "pixart_pipeline", "sana_pipeline", "cosmos_pipeline", "flux_pipeline", "chroma_pipeline"],
 )
 def test_training_of_other_families(request, name, training_settings, generate):
     pipe = request.getfixturevalue(name)
@@ -90,7 +91,7 @@ def test_training_of_other_families(request, name, training_settings, generate):
         arguments = {"negative_prompt": ["", ""], "max_sequence_length": LENGTH, "height": 16, "width": 16}
         generate = partial(generate, **arguments)
         training_settings = training_settings | {"resolution": 16}
-    elif name == "flux_pipeline":
+    elif name in ("flux_pipeline", "chroma_pipeline"):
         generate = partial(generate, max_sequence_length=LENGTH, height=16, width=16)
         training_settings = training_settings | {"resolution": 16, "value_learning_rate": 0.3}
     elif name != "xl_pipeline":
