@@ -555,13 +555,15 @@ def test_a_copy_of_an_edited_model_is_edited_too(unet, concepts_of):
     ids=["missing", "unknown", "size"],
 )
 def test_a_concept_with_other_layers_is_refused(unet, make_concept, change, match):
-    concept, layers = make_concept(base_model="some/other-model"), cross_attention_layers(unet)
-    check_concept_fits(concept, unet, layers)
+    concept = make_concept(base_model="some/other-model")
+    layers = cross_attention_layers(unet)
+    widths = {name: (layer.cross_attention_dim, layer.inner_kv_dim) for name, layer in layers.items()}
+    check_concept_fits(concept, unet, widths)
     outputs = copy.copy(concept.target_outputs)
     change(outputs)
     concept.target_outputs = outputs
     with pytest.raises(ValueError, match=match) as caught:
-        check_concept_fits(concept, unet, layers)
+        check_concept_fits(concept, unet, widths)
     assert "'<my-cat>'" in str(caught.value)
     assert "UNet2DConditionModel" in str(caught.value)
     assert "trained on some/other-model" in str(caught.value)
