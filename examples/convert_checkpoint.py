@@ -98,7 +98,7 @@ def convert(path: Path, pipeline: Any, placeholder_token: str, superclass: str |
         training={"converted_from": contents.author},
         **SETTINGS,
     )
-    check_concept_fits(concept, model, family.layers)
+    check_concept_fits(concept, model, family.layer_widths)
     return concept, f"{path} is of {contents.author}: {contents.lost}."
 
 
