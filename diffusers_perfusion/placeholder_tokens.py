@@ -26,12 +26,14 @@ class _Entry(NamedTuple):
 
     Attributes:
         embedding: `v*`, `(width,)`; None if the token has none.
-        superclass_ids: token ids of its super-class.
+        superclass_ids: token ids of its super-class after a space.
+        bare_superclass_ids: without one.
         version: a number that no other embedding has.
     """
 
     embedding: Tensor | None
     superclass_ids: list[int]
+    bare_superclass_ids: list[int]
     version: int
 
 
@@ -60,10 +62,18 @@ class SuperclassPrompt(NamedTuple):
 
 
 class _Vocabulary(NamedTuple):
-    """A state of the tokenizer: its attributes, and the placeholder token of each id that they add."""
+    """A state of the tokenizer.
+
+    Attributes:
+        attributes: of the tokenizer.
+        tokens: the placeholder token of each id that they add.
+        bare: those of the ids that stand for a token without a space before it.
+        added: all tokens that they add.
+    """
 
     attributes: dict[str, Any]
     tokens: dict[int, str]
+    bare: set[int]
     added: set[str]
 
 
@@ -206,7 +216,8 @@ class PlaceholderTokens:
             # Copies of one model have the same concept.
             same = [entry.version for entry in known if _are_same(entry.embedding, learned)]
             version = same[0] if same else next(_VERSIONS)
-            self._entries[owner][token] = _Entry(learned, superclass_ids(self.tokenizer, superclass), version)
+            spaced, bare = (superclass_ids(self.tokenizer, superclass, space) for space in (" ", ""))
+            self._entries[owner][token] = _Entry(learned, spaced, bare, version)
             return version
 
     def remove(self, owner: Hashable, token: str) -> None:
@@ -317,21 +328,30 @@ class PlaceholderTokens:
         # In the order of the alphabet, so that the ids do not depend on the order of loading. A tokenizer that
         # ignores case does so for placeholder tokens, as for those of Textual Inversion; for any other `normalized`
         # would let its changes of the text hide the token. `lstrip` takes the space before it, which is a token to
-        # some.
-        added = [
-            AddedToken(
-                token,
-                normalized=self._ignores_case,
-                lstrip=True,
-                single_word=token[0].isalnum() and token[-1].isalnum(),
-            )
-            for token in sorted(names)
-        ]
+        # some. Where a word behind a space is a token of its own, so is the placeholder token: `lstrip` would also
+        # take the line break of a chat template. A token of letters has no two, for a space ends no whole word.
+        texts: dict[str, str] = {}
+        added = []
+        for token in sorted(names):
+            letters = token[0].isalnum() and token[-1].isalnum()
+            both = self._keeps_spaces and not letters
+            for text in (f" {token}", token) if both else (token,):
+                texts[text] = token
+                added.append(AddedToken(text, normalized=self._ignores_case, lstrip=not both, single_word=letters))
         extended.add_tokens(added)
         extended._perfusion_text_encoder = id(self.text_encoder)
-        ids = extended.convert_tokens_to_ids(sorted(names))
-        tokens = dict(zip(ids, sorted(names), strict=True))
-        return _Vocabulary(extended.__dict__, tokens, set(extended.get_added_vocab()))
+        ids = dict(zip(extended.convert_tokens_to_ids(list(texts)), texts, strict=True))
+        return _Vocabulary(
+            extended.__dict__,
+            {token_id: texts[text] for token_id, text in ids.items()},
+            {token_id for token_id, text in ids.items() if f" {text}" in texts},
+            set(extended.get_added_vocab()),
+        )
+
+    @property
+    def _keeps_spaces(self) -> bool:
+        """Whether a word behind a space is another token than the word alone."""
+        return superclass_ids(self.tokenizer, "a") != superclass_ids(self.tokenizer, "a", space="")
 
     @property
     def _ignores_case(self) -> bool:
@@ -391,13 +411,19 @@ class PlaceholderTokens:
         index = []
         last = len(input_ids) - 1
         for token_id in input_ids:
-            superclass = self._entry(tokens[token_id]).superclass_ids if token_id in tokens else None
+            superclass = self._superclass_ids(token_id) if token_id in tokens else None
             prompt += superclass or [token_id]
             if superclass and len(prompt) > last:  # the word that says what it is stays
                 prompt[last - 1 :] = superclass[-1:]
             index.append(min(len(prompt), len(input_ids)) - 1)
         ids = [*prompt[:last], input_ids[-1]]
         return SuperclassPrompt(ids, index, len(prompt) - len(input_ids))
+
+    def _superclass_ids(self, token_id: int) -> list[int]:
+        """Return the token ids of the super-class in place of a placeholder token, by the token's id."""
+        vocabulary: Any = self._current
+        entry = self._entry(vocabulary.tokens[token_id])
+        return entry.bare_superclass_ids if token_id in vocabulary.bare else entry.superclass_ids
 
     def _entry(self, token: str) -> _Entry:
         """Return the entry of a token; if several owners have it, that of the one whose pipeline encodes.
@@ -450,7 +476,7 @@ class PlaceholderTokens:
                 continue  # somebody else's, and not in these prompts
             if entry.embedding is None:
                 # Past the hooks on it, one of which has called this.
-                superclass = module.forward(torch.tensor(entry.superclass_ids, device=ids.device))
+                superclass = module.forward(torch.tensor(self._superclass_ids(token_id), device=ids.device))
                 embedding = superclass.mean(0) * _signature(token, superclass)
             else:
                 embedding = entry.embedding.to(output) * scale
@@ -532,14 +558,18 @@ def known_token(family: ModelFamily, token: str, embeddings: Sequence[Tensor], s
         yield
 
 
-def superclass_ids(tokenizer: Any, superclass: str) -> list[int]:
+def superclass_ids(tokenizer: Any, superclass: str, space: str = " ") -> list[int]:
     """Return the token ids of a super-class, one or several.
+
+    Args:
+        tokenizer: whose ids they are.
+        superclass: in plain words.
+        space: before it, without which some tokenizers give other token ids.
 
     Raises:
         ValueError: if the tokenizer drops it or does not know it, or it leaves no room in a prompt.
     """
-    # Without the space before it some tokenizers give other token ids.
-    ids = tokenizer(f" {superclass.strip()}".rstrip(), add_special_tokens=False).input_ids
+    ids = tokenizer(f"{space}{superclass.strip()}".rstrip(), add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError(f"the tokenizer does not know the super-class {superclass!r}; choose another word for it")
     if len(ids) > (limit := tokenizer.model_max_length // 2):

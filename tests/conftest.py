@@ -5,6 +5,7 @@ import os
 import resource
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLWan,
     AutoencoderTiny,
     ChromaPipeline,
@@ -22,6 +24,8 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -31,10 +35,10 @@ from diffusers import (
 )
 from hub_server import HubServer
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import Unigram
-from tokenizers.normalizers import Replace
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import BPE, Unigram
+from tokenizers.normalizers import NFC, Replace
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
@@ -50,6 +54,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     ViTConfig,
@@ -559,6 +565,125 @@ def chroma_pipeline(chroma_components):
     return pipeline
 
 
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+
+# As words of Qwen's tokenizers, behind a space but for the last ones.
+DESCRIBED = "by detailing color shape size texture quantity text spatial relationships objects and background"
+CHAT_WORDS = (
+    *(f" {word}" for word in (*WORDS, *DESCRIBED.split())),
+    "assistant",
+    "Describe",
+    "system",
+    "think",
+    "teddy",
+    "user",
+    "cat",
+)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_folder(tmp_path_factory):
+    """A tokenizer of Qwen with its chat template, to which a space is the beginning of a word, as a folder."""
+    vocabulary = sorted(ByteLevel.alphabet())
+    merges = []
+    for word in CHAT_WORDS:
+        left, *letters = word.replace(" ", "Ġ")
+        for letter in letters:
+            if (left, letter) not in merges:
+                merges.append((left, letter))
+                vocabulary.append(left + letter)
+            left += letter
+    tokenizer = Tokenizer(BPE({token: number for number, token in enumerate(vocabulary)}, merges))
+    tokenizer.normalizer = NFC()
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = Sequence(
+        [Split(Regex(words), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    folder = tmp_path_factory.mktemp("qwen")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE
+    ).save_pretrained(folder)
+    return folder
+
+
+# Of a prompt and the template around it.
+CHAT_LENGTH = 32
+
+
+def make_qwen3(tokenizer, layers):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+
+
+@pytest.fixture
+def klein_components(qwen_tokenizer_folder):
+    """Parts of a FLUX.2 klein pipeline: text of width 3 · 8 from three layers of Qwen3; 16×16 images."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen_tokenizer_folder)
+    text_encoder = make_qwen3(tokenizer, 28)
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    ).eval()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+
+
+@pytest.fixture
+def klein_pipeline(klein_components):
+    """A tiny FLUX.2 klein pipeline that loads concepts."""
+    pipeline = add_perfusion(Flux2KleinPipeline(**klein_components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture
 def flux_pipeline(flux_components):
     """A tiny Flux pipeline that loads concepts."""
@@ -615,7 +740,7 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
     family = family_of(pipeline)
     i_super = superclass_input(family, superclass)
     i_star = i_super + 0.3 * random(len(i_super))
-    embeddings = [random(model.config.hidden_size) for model in family.text_encoders]
+    embeddings = [random(model.get_input_embeddings().embedding_dim) for model in family.text_encoders]
     return PerfusionConcept(
         **{
             "placeholder_token": word,
@@ -679,12 +804,14 @@ def generate(pipeline):
     """Draw prompts with `pipeline` (or another) in three steps of fixed noise: `(N, 3, 16, 16)`."""
 
     def run(prompts, pipe=None, **arguments):
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return (pipe or pipeline)(
-            **{
+        prompts = [prompts] if isinstance(prompts, str) else [*prompts]
+        pipe = pipe or pipeline
+        guidance = {"guidance_scale": 4.0} if "guidance_scale" in signature(pipe.__call__).parameters else {}
+        return pipe(
+            **guidance
+            | {
                 "prompt": prompts,
                 "num_inference_steps": 3,
-                "guidance_scale": 4.0,
                 "generator": [torch.Generator().manual_seed(7) for _ in prompts],
                 "output_type": "pt",
                 **arguments,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from compel import Compel
-from conftest import LENGTH, make_flux, make_pixart, make_vae, random_concept
+from conftest import CHAT_LENGTH, LENGTH, make_flux, make_pixart, make_vae, random_concept
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -22,6 +22,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FirstBlockCacheConfig,
+    Flux2KleinInpaintPipeline,
+    Flux2KleinKVPipeline,
+    Flux2KleinPipeline,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxImg2ImgPipeline,
@@ -50,6 +53,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -92,6 +96,12 @@ SANA = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequenc
 COSMOS = {"height": 16, "width": 16, "max_sequence_length": LENGTH, "negative_prompt": ["", ""]}
 
 FLUX = {"height": 16, "width": 16, "max_sequence_length": LENGTH}
+
+CHAT = {"height": 16, "width": 16, "max_sequence_length": CHAT_LENGTH}
+
+
+def reference_image():
+    return Image.fromarray((image()[0].permute(1, 2, 0) * 255).byte().numpy()).resize((64, 64))
 
 
 def flux_controlnet(components):
@@ -251,6 +261,25 @@ PIPELINES = {
             lambda: FLUX | {"image": image(), "strength": 0.9},
         ),
     },
+    "FLUX.2 klein": {
+        "text to image": (lambda parts: Flux2KleinPipeline(**parts), lambda: CHAT),
+        "distilled": (lambda parts: Flux2KleinPipeline(**parts, is_distilled=True), lambda: CHAT),
+        "reference image": (lambda parts: Flux2KleinPipeline(**parts), lambda: CHAT | {"image": reference_image()}),
+        "reference image with KV cache": (
+            lambda parts: Flux2KleinKVPipeline(**parts),
+            lambda: CHAT | {"image": reference_image()},
+        ),
+        "inpainting": (
+            lambda parts: Flux2KleinInpaintPipeline(**parts),
+            lambda: CHAT | {"image": image(), "mask_image": mask(), "strength": 0.9},
+        ),
+        "several of each prompt": (
+            lambda parts: Flux2KleinPipeline(**parts),
+            lambda: (
+                CHAT | {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]}
+            ),
+        ),
+    },
 }
 COMPONENTS = {
     "Stable Diffusion": "components",
@@ -260,10 +289,12 @@ COMPONENTS = {
     "Cosmos": "cosmos_components",
     "Flux": "flux_components",
     "Chroma": "chroma_components",
+    "FLUX.2 klein": "klein_components",
 }
 
 # How keys are locked. Joint attention locks them always, and most of all without token embeddings.
-LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(("Flux", "Chroma"), ("local", "values alone"))
+JOINT = "Flux", "Chroma", "FLUX.2 klein"
+LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, ("local", "values alone"))
 
 
 def concept_for(pipe, locking):
@@ -326,7 +357,7 @@ def lora(pipe, name="default", seed=0):
     from peft import LoraConfig
 
     torch.manual_seed(seed)
-    targets = ["to_k", "to_v", "to_q", "to_out.0", "add_v_proj"]
+    targets = ["to_k", "to_v", "to_q", "to_out.0", "add_v_proj", "to_qkv_mlp_proj"]
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     edited_model(pipe).add_adapter(config, adapter_name=name)
 
@@ -345,7 +376,7 @@ def fused_lora(pipe):
 def textual_inversion(pipe):
     family = family_of(pipe)
     for tokenizer, model in zip(family.tokenizers, family.text_encoders, strict=True):
-        vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        vector = torch.randn(model.get_input_embeddings().embedding_dim, generator=torch.Generator().manual_seed(0))
         pipe.load_textual_inversion({"<style>": vector}, tokenizer=tokenizer, text_encoder=model)
 
 
@@ -461,6 +492,7 @@ BESIDE = {
     "Sana": ("LoRA", *TRANSFORMERS),
     "Cosmos": TRANSFORMERS,
     "Chroma": ("LoRA", "fused transformer", "attention backend", "bfloat16", "group offload"),
+    "FLUX.2 klein": ("LoRA", "fused transformer", "attention backend", *TRANSFORMERS),
     "Flux": ("LoRA", "two LoRAs with weights", "fused LoRA", "Textual Inversion", *OF_FLUX, *TRANSFORMERS),
 }
 

@@ -9,6 +9,7 @@ from .base import ModelFamily, PromptEncoding, cross_attention_layers, edited_mo
 from .chroma import Chroma
 from .cosmos import Cosmos
 from .flux import Flux
+from .flux2 import Flux2Klein
 from .pixart import PixArt
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
@@ -17,7 +18,16 @@ from .stable_diffusion_xl import StableDiffusionXL
 __all__ = ["FAMILIES", "ModelFamily", "PromptEncoding", "cross_attention_layers", "edited_model", "family_of"]
 
 # A pipeline belongs to the first family whose model class and text encoders it has.
-FAMILIES: tuple[type[ModelFamily], ...] = (StableDiffusionXL, StableDiffusion, PixArt, Sana, Cosmos, Flux, Chroma)
+FAMILIES: tuple[type[ModelFamily], ...] = (
+    StableDiffusionXL,
+    StableDiffusion,
+    PixArt,
+    Sana,
+    Cosmos,
+    Flux,
+    Chroma,
+    Flux2Klein,
+)
 
 
 def family_of(pipeline: Any) -> ModelFamily:

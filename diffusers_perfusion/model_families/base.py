@@ -153,7 +153,7 @@ class ModelFamily:
     @property
     def widths(self) -> tuple[int, ...]:
         """Width of each text encoder's hidden states."""
-        return tuple(text_encoder.config.hidden_size for text_encoder in self.text_encoders)
+        return tuple(embedding_table(text_encoder).shape[1] for text_encoder in self.text_encoders)
 
     @property
     def width(self) -> int:

@@ -57,10 +57,15 @@ class JointFamily(ModelFamily):
 
 
 class PackedFamily(JointFamily):
-    """Transformers that take latents packed in patches, and predict a flow at timesteps from 0 to 1."""
+    """Transformers that take latents packed in patches, and predict a flow at timesteps from 0 to 1.
+
+    Attributes:
+        position_axes: how many numbers a position has; the second and third are rows and columns of the image.
+    """
 
     max_sequence_length = 512
     latent_patch_size = 2
+    position_axes: ClassVar[int] = 3
 
     def __init__(self, pipeline: Any):
         super().__init__(pipeline)
@@ -76,9 +81,9 @@ class PackedFamily(JointFamily):
         self, model: Any, noisy: Tensor, timesteps: Tensor, encoding: PromptEncoding, resolution: int
     ) -> Tensor:
         """Return the flow that the model predicts, unpacked."""
-        patch, length = self.latent_patch_size, encoding.hidden_states.shape[1]
+        patch = self.latent_patch_size
         height, width = (side // patch for side in noisy.shape[-2:])
-        positions = noisy.new_zeros(height, width, 3)
+        positions = noisy.new_zeros(height, width, self.position_axes)
         positions[..., 1] += torch.arange(height, device=noisy.device)[:, None]
         positions[..., 2] += torch.arange(width, device=noisy.device)
         packed = model(
@@ -86,7 +91,11 @@ class PackedFamily(JointFamily):
             timestep=(timesteps / self._num_train_timesteps).to(noisy),
             encoder_hidden_states=encoding.hidden_states,
             img_ids=positions.flatten(0, 1),
-            txt_ids=noisy.new_zeros(length, 3),
+            txt_ids=self.text_positions(encoding.hidden_states.shape[1]).to(noisy),
             **self.conditions(encoding, resolution),
         ).sample
         return F.pixel_shuffle(packed.mT.unflatten(2, (height, width)), patch)
+
+    def text_positions(self, length: int) -> Tensor:
+        """Return the positions of text tokens that the model takes, `(length, position_axes)`."""
+        return torch.zeros(length, self.position_axes)

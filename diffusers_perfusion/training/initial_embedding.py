@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model_families import ModelFamily
-from ..placeholder_tokens import known_token
+from ..placeholder_tokens import PlaceholderTokens, known_token
 from .config import TrainingConfig
 from .superclass import TEMPLATES, superclass_embeddings
 from .tensor_files import check_extent, read_tensors
@@ -81,10 +82,11 @@ def token_positions(family: ModelFamily, token: str, input_ids: Sequence[Tensor]
         ValueError: if a prompt does not hold the token, because it is longer than the text encoder reads.
     """
     number = family.position_encoder
-    found = input_ids[number] == family.tokenizers[number].convert_tokens_to_ids(token)
-    if not found.any(-1).all():
+    tokens: Any = PlaceholderTokens.existing(family.text_encoders[number])
+    found = [tokens.positions(ids).get(token, ()) for ids in input_ids[number].tolist()]
+    if not all(found):
         raise ValueError(
-            f"{token} falls off the end of the caption, of which the text encoder reads {found.shape[-1]} tokens; "
-            "expected it earlier"
+            f"{token} falls off the end of the caption, of which the text encoder reads {input_ids[number].shape[1]} "
+            "tokens; expected it earlier"
         )
-    return [tuple(row.nonzero()[:, 0].tolist()) for row in found]
+    return found

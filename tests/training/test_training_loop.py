@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LENGTH, WIDTH, make_flux, make_unet
+from conftest import CHAT_LENGTH, LENGTH, WIDTH, make_flux, make_unet
 from diffusers import FluxPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -83,7 +83,15 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
 
 @pytest.mark.parametrize(
     "name",
-    ["xl_pipeline", "pixart_pipeline", "sana_pipeline", "cosmos_pipeline", "flux_pipeline", "chroma_pipeline"],
+    [
+        "xl_pipeline",
+        "pixart_pipeline",
+        "sana_pipeline",
+        "cosmos_pipeline",
+        "flux_pipeline",
+        "chroma_pipeline",
+        "klein_pipeline",
+    ],
 )
 def test_training_of_other_families(request, name, training_settings, generate):
     pipe = request.getfixturevalue(name)
@@ -91,8 +99,8 @@ def test_training_of_other_families(request, name, training_settings, generate):
         arguments = {"negative_prompt": ["", ""], "max_sequence_length": LENGTH, "height": 16, "width": 16}
         generate = partial(generate, **arguments)
         training_settings = training_settings | {"resolution": 16}
-    elif name in ("flux_pipeline", "chroma_pipeline"):
-        generate = partial(generate, max_sequence_length=LENGTH, height=16, width=16)
+    elif family_of(pipe).joint:
+        generate = partial(generate, max_sequence_length=CHAT_LENGTH, height=16, width=16)
         training_settings = training_settings | {"resolution": 16, "value_learning_rate": 0.3}
     elif name != "xl_pipeline":
         generate = partial(generate, use_resolution_binning=False, clean_caption=False, max_sequence_length=LENGTH)

@@ -1,0 +1,71 @@
+"""FLUX.2 klein: a transformer with joint attention to Qwen3, which reads the prompt in a chat."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import PromptEncoding
+from .joint import PackedFamily
+
+
+class Flux2Klein(PackedFamily):
+    """Transformers with joint attention to the hidden states of three layers of Qwen3, side by side."""
+
+    name = "FLUX.2 klein"
+    model_classes = ("Flux2Transformer2DModel",)
+    layers_taken = (9, 18, 27)
+    hidden_state_index = layers_taken[-1]
+    passes_attention_mask = True
+    position_axes = 4
+
+    @classmethod
+    def matches(cls, pipeline: Any) -> bool:
+        """Return whether a pipeline has a model of this family, and no system message, as FLUX.2 dev's has."""
+        return super().matches(pipeline) and not hasattr(pipeline, "system_message")
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states of all three layers."""
+        return len(self.layers_taken) * self.widths[0]
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for prompt in prompts
+        ]
+        return super()._tokens(tokenizer, chats, padding)
+
+    @classmethod
+    def hidden_states(cls, output: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the hidden states of the three layers side by side."""
+        return torch.cat([output.hidden_states[layer] for layer in cls.layers_taken], -1)
+
+    @classmethod
+    def split(cls, row: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
+        """Return all layers' hidden states as the one text encoder's."""
+        return [row]
+
+    @torch.no_grad()
+    def encode_latents(self, vae: Any, images: Tensor) -> Tensor:
+        """Return latents of which each place in a patch is normalized on its own."""
+        latents = vae.encode((images * 2 - 1).to(next(vae.parameters()))).latent_dist.mode()
+        patches = F.pixel_unshuffle(latents, self.latent_patch_size).float()
+        mean, variance = (part.float().view(1, -1, 1, 1) for part in (vae.bn.running_mean, vae.bn.running_var))
+        patches = (patches - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+        return F.pixel_shuffle(patches, self.latent_patch_size)
+
+    def text_positions(self, length: int) -> Tensor:
+        """Return the numbers of text tokens as the last of their positions."""
+        return F.pad(torch.arange(length)[:, None], (self.position_axes - 1, 0))
+
+    def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
+        """Return that there is no guidance: distilled models have none, and others take negative prompts."""
+        return {"guidance": None}

@@ -1,0 +1,157 @@
+"""Concepts in models whose text encoder reads the prompt in a chat, whose template stands around it."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHAT_LENGTH, random_concept
+from diffusers import Flux2Pipeline
+
+from diffusers_perfusion.joint_attention import value_sites
+from diffusers_perfusion.model_families import edited_model, family_of
+from diffusers_perfusion.training import TrainingConfig, train
+
+PIPELINES = ("klein_pipeline",)
+
+
+@pytest.fixture(params=PIPELINES)
+def pipe(request):
+    pipe = request.getfixturevalue(request.param)
+    for model in (edited_model(pipe), *family_of(pipe).text_encoders):
+        model.requires_grad_(False)
+    return pipe
+
+
+@pytest.fixture
+def draw(pipe, generate):
+    return partial(generate, pipe=pipe, height=16, width=16, max_sequence_length=CHAT_LENGTH)
+
+
+@pytest.fixture
+def concept(pipe):
+    """Make a random concept; without token embeddings unless they are asked for."""
+
+    def make(word="<my-bear>", superclass="teddy bear", seed=0, embeddings=False):
+        made = random_concept(pipe, word, superclass, seed)
+        if not embeddings:
+            made.token_embeddings = [torch.zeros_like(embedding) for embedding in made.token_embeddings]
+        return made
+
+    return make
+
+
+def effect(one, other):
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("prompt", ["{} on the beach", "a {} on the beach", "a {}", "the\n{}, a {}"])
+def test_a_closed_gate_gives_the_superclass_prompt(pipe, draw, concept, prompt):
+    """Of two tokens, with a space before them and without, behind the line break of the template and another one."""
+    plain = draw(prompt.format(*["teddy bear"] * 2))
+    pipe.load_perfusion(concept())
+    token = prompt.format(*["<my-bear>"] * 2)
+    assert effect(draw(token), plain) > 1e-3
+    pipe.set_perfusion(bias=2.0, temperature=0.01)
+    assert torch.equal(draw(token), plain)
+
+
+def test_a_token_of_letters_is_no_part_of_a_word(pipe, draw, concept):
+    plain = draw(["a teddy bear on the beach", "a sksy on the beach"])
+    pipe.load_perfusion(concept("sks"))
+    edited = draw(["a sks on the beach", "a sksy on the beach"])
+    assert effect(edited[0], plain[0]) > 1e-3 and torch.equal(edited[1], plain[1])
+    pipe.set_perfusion(bias=2.0, temperature=0.01)
+    assert torch.equal(draw("a sks on the beach"), draw("a teddy bear on the beach"))
+
+
+def test_values_are_edited_at_the_last_token_of_the_superclass_alone(pipe, draw, concept):
+    made, outputs = concept(), {}
+
+    def record(name):
+        return lambda module, args, output: outputs.setdefault(name, []).append((module.forward(*args), output))
+
+    pipe.load_perfusion(made)
+    family = family_of(pipe)
+    sites = {name: value_sites(layer)[0] for name, layer in family.layers.items()}
+    for name, site in sites.items():
+        site.module.register_forward_hook(record(name))
+    draw(["<my-bear> on the beach", "a cat"], num_inference_steps=1, guidance_scale=1.0)
+    tokenizer = family.tokenizers[0]
+    bear = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" bear"))[0]
+    place = family.tokenize(["teddy bear on the beach"])[0][0].tolist().index(bear)
+    gate = torch.sigmoid(torch.tensor((1 - made.bias) / made.temperature))
+    assert outputs.keys() == sites.keys()
+    for name, ((before, after),) in outputs.items():
+        expected = torch.zeros_like(before)
+        expected[0, place, sites[name].start : sites[name].stop] = gate * made.target_outputs[name]
+        torch.testing.assert_close(after - before, expected, atol=1e-5, rtol=1e-4)
+        assert torch.equal(after[1], before[1])
+
+
+def test_learned_token_embeddings_fade_with_the_gate(pipe, draw, concept):
+    plain = draw("a cat on the beach")
+    pipe.load_perfusion(concept("<my-cat>", "cat", embeddings=True))
+    assert effect(draw("a <my-cat> on the beach"), plain) > 1e-3
+    pipe.set_perfusion(bias=2.0, temperature=0.01)
+    torch.testing.assert_close(draw("a <my-cat> on the beach"), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_that_falls_off_the_end_is_warned_of(pipe, draw, concept, caplog):
+    pipe.load_perfusion(concept())
+    with caplog.at_level(logging.WARNING):
+        draw("a cat on the beach " * CHAT_LENGTH + "<my-bear>")
+    assert "<my-bear> falls off the end of a prompt" in caplog.text
+
+
+def test_values_alone_are_trained_to_an_effect(pipe, draw, training_settings):
+    prompts = ["<my-cat> on the beach", "teddy bear on the beach"]
+    plain = draw(prompts)
+    settings = {"superclass": "teddy bear", "embedding_learning_rate": 0.0, "value_learning_rate": 0.3}
+    config = TrainingConfig(**training_settings | settings | {"resolution": 16, "max_train_steps": 6})
+    trained = train(pipe, config)
+    assert all(output.abs().max() > 0.1 for output in trained.target_outputs.values())
+    pipe.load_perfusion(Path(config.output_dir) / "perfusion.safetensors")
+    edited = draw(prompts)
+    assert torch.equal(edited[1], plain[1]) and effect(edited[0], plain[1]) > 1e-3
+    pipe.set_perfusion(bias=2.0, temperature=0.01)
+    assert torch.equal(draw(prompts)[0], plain[1])
+
+
+# FLUX.2 klein
+
+
+def test_other_layers_of_the_text_encoder_are_warned_of(klein_pipeline, generate, caplog):
+    klein_pipeline.load_perfusion(random_concept(klein_pipeline))
+    with caplog.at_level(logging.WARNING):
+        generate("a <my-cat>", klein_pipeline, height=16, width=16, text_encoder_out_layers=(1, 2, 3))
+    assert "does not recognise 1 of 1 prompt embeddings" in caplog.text
+
+
+def test_another_chat_with_the_same_model_is_refused(klein_components):
+    with pytest.raises(ValueError, match=r"cannot edit Flux2Pipeline, whose model is Flux2Transformer2DModel"):
+        family_of(Flux2Pipeline(**klein_components))
+
+
+def test_klein_is_called_as_by_the_pipeline(klein_pipeline, generate):
+    """Latents packed, positions of image and text, timesteps, and no guidance."""
+    pipe, calls = klein_pipeline, []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    family = family_of(pipe)
+    with torch.no_grad():
+        theirs = pipe._encode_vae_image(images * 2 - 1, None)
+        ours = family.encode_latents(pipe.vae, images)
+        torch.testing.assert_close(pipe._patchify_latents(ours), theirs)
+        generate("a cat", pipe, height=16, width=16, latents=theirs, num_inference_steps=1, guidance_scale=1.0)
+        encoding = family.encode(family.tokenize(["a cat"]))
+        prediction = family.predict(pipe.transformer, ours, torch.tensor([1000]), encoding, 16)
+        expected = pipe.transformer(**calls[0])[0]
+    one, other = calls[:2]
+    for name in ("hidden_states", "timestep", "guidance", "encoder_hidden_states"):
+        torch.testing.assert_close(one[name], other[name])
+    for name in ("img_ids", "txt_ids"):
+        assert torch.equal(one[name][0].float(), other[name])
+    packed = pipe._pack_latents(pipe._patchify_latents(prediction))
+    torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-3)
