@@ -61,6 +61,7 @@ class Edit:
         superclass_prompt: hidden states of the super-class prompts, `(batch, length, d)`, which all keys are computed
             from under global key-locking; None under local key-locking.
         repeats_rows: whether the model repeats each row (`repeat_interleave`) before it calls its layers.
+        text_behind_image: as in `ModelFamily`.
     """
 
     concepts: tuple[Concept, ...]
@@ -72,6 +73,7 @@ class Edit:
     longer: tuple[int, ...] = ()
     superclass_prompt: Tensor | None = None
     repeats_rows: bool = False
+    text_behind_image: int = 0
 
     def repeated(self, tensor: Tensor, batch: int) -> Tensor:
         """Return a tensor `(rows, length, ...)` of this edit with each row repeated to fill a layer's batch.

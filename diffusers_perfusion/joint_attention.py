@@ -11,6 +11,7 @@ which processor and attention backend the user has chosen, and a LoRA, quantisat
 respected.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from .attention_processor import Edit, EditSource
 
 
 class ValueSite(NamedTuple):
-    """A module whose output holds the values of text tokens, in its first rows.
+    """A module whose output holds the values of text tokens, in its first rows or behind those of the image.
 
     Attributes:
         module: the projection, below a LoRA.
@@ -83,8 +84,11 @@ class ValueHook:
         if edit is None:
             return None
         added = self._added(edit, output)
-        rows = output.shape[1] - added.shape[1]
-        return output + F.pad(added, (self.start, output.shape[2] - self.stop, 0, rows))
+        rows, length = output.shape[1], added.shape[1]
+        before = 0
+        if multiple := edit.text_behind_image:
+            before = rows - math.ceil(length / multiple) * multiple
+        return output + F.pad(added, (self.start, output.shape[2] - self.stop, before, rows - before - length))
 
     def _added(self, edit: Edit, output: Tensor) -> Tensor:
         # Cast one by one: autocast on a CPU does not stack half precision, in which files are stored.

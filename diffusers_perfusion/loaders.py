@@ -217,7 +217,9 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         return before
 
     def mark_perfusion(
-        self, prompt_embeds: Tensor, names: str | Sequence[str] | Mapping[str, int | Sequence[int]] | None = None
+        self,
+        prompt_embeds: Tensor | Sequence[Tensor],
+        names: str | Sequence[str] | Mapping[str, int | Sequence[int]] | None = None,
     ) -> None:
         """Register which concepts prompt embeddings hold that were weighted, mixed or encoded elsewhere.
 
@@ -226,7 +228,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         super-class prompt, a high bias leads less far towards the super-class, and keys cannot be locked globally.
 
         Args:
-            prompt_embeds: as the pipeline takes them, `(batch, length, width)`.
+            prompt_embeds: as the pipeline takes them, `(batch, length, width)` or `(length, width)` for each prompt.
             names: the concepts in every row of them; by default the active ones, and an empty list for none. A mapping
                 gives the positions of each concept's token in every row. Without positions a token is where its prompt
                 had it, or, with a warning, where embeddings that are not recognised are most like the concept.
@@ -243,11 +245,12 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         places = {name: (at,) if isinstance(at, int) else tuple(at) for name, at in given.items()}
         self._check_loaded(list(places))
         width = registry.width
-        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != width:
-            raise ValueError(
-                f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; expected (batch, length, {width})"
-            )
-        length = prompt_embeds.shape[1]
+        if any(row.ndim != 2 or row.shape[1] != width for row in prompt_embeds):
+            shape: Any = [tuple(row.shape) for row in prompt_embeds]
+            if isinstance(prompt_embeds, Tensor):
+                shape = tuple(prompt_embeds.shape)
+            raise ValueError(f"prompt_embeds has shape {shape}; expected (batch, length, {width})")
+        length = min(map(len, prompt_embeds))
         taken: dict[int, str] = {}
         for name, positions in places.items():
             for position in positions:

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention_processor import PerfusionAttnProcessor, wrap
@@ -114,7 +115,8 @@ def _prepare_joint(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     registry = model._perfusion
     names = list(signature(type(model).forward).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs
-    _prepare_layers(registry, kwargs.get("encoder_hidden_states"), kwargs.get("pooled_projections"))
+    text: Any = kwargs.get(registry.text_argument)
+    _prepare_layers(registry, text, kwargs.get("pooled_projections"))
     edit = registry.edit
     if edit is None:
         return (), kwargs
@@ -126,22 +128,37 @@ def _prepare_joint(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
     hook_values(registry, registry.layers)  # projections may have been fused since
     if edit.inputs is not None:
-        kwargs["encoder_hidden_states"] = edit.inputs
+        kwargs[registry.text_argument] = edit.inputs
+        if not isinstance(text, Tensor):
+            lengths = [len(row) + more for row, more in zip(text, edit.longer, strict=True)]
+            kwargs[registry.text_argument] = [row[:end] for row, end in zip(edit.inputs, lengths, strict=True)]
     if edit.pooled is not None:
         kwargs["pooled_projections"] = edit.pooled
-    if registry.mask_argument is not None and kwargs.get(registry.mask_argument) is not None:
-        length = kwargs["encoder_hidden_states"].shape[1]
-        kwargs[registry.mask_argument] = _lengthened(kwargs[registry.mask_argument], length, edit.longer)
+    if registry.mask_argument is not None and any(edit.longer):
+        length = kwargs[registry.text_argument].shape[1]
+        kwargs[registry.mask_argument] = _lengthened(kwargs.get(registry.mask_argument), text, length, edit.longer)
     return (), kwargs
 
 
-def _lengthened(mask: Tensor, length: int, longer: Sequence[int]) -> Tensor:
-    """Return a mask, `(batch, length + …)`, that shows as many tokens more of each row's text."""
-    mask = mask.clone()
-    for row, more in zip(mask, longer, strict=True):
-        row[more:length] = row[: length - more].clone()
+def _lengthened(mask: Tensor | None, text: Tensor, length: int, longer: Sequence[int]) -> Tensor | None:
+    """Return a mask that shows as many tokens more of each row's text; None if it is of text alone and shows all.
+
+    Args:
+        mask: of the text and what follows it, `(batch, old length + …)`; None if it shows all.
+        text: that the mask is of, `(batch, old length, width)`.
+        length: of the text that the model gets instead.
+        longer: by how many tokens that is longer in each row.
+    """
+    if mask is None:
+        mask = text.new_ones(text.shape[:2], dtype=torch.bool)
+    shown, behind = mask[:, : text.shape[1]], mask[:, text.shape[1] :]
+    shown = F.pad(shown, (0, length - text.shape[1]))
+    for row, more in zip(shown, longer, strict=True):
+        row[more:] = row[: length - more].clone()
         row[:more] = row[0]
-    return mask
+    if not behind.shape[1] and shown.all():  # as pipelines do
+        return None
+    return torch.cat([shown, behind], 1)
 
 
 def _prepare_layers(registry: ConceptRegistry, hidden_states: Tensor | None, pooled: Tensor | None = None) -> None:

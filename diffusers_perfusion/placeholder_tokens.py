@@ -50,7 +50,7 @@ class SuperclassPrompt(NamedTuple):
 
     Attributes:
         input_ids: as many as the prompt has; what does not fit any more is cut before the last one, but a super-class
-            keeps its last token.
+            keeps its last token. Or all of them, in families that follow the length of a prompt.
         places: the position in it that belongs to each position of the prompt. A placeholder token belongs to its
             super-class's last token, because attention takes a key and its value from the same position.
         longer: by how many tokens it would be longer than the prompt.
@@ -409,14 +409,15 @@ class PlaceholderTokens:
         tokens = {} if self._current is None else self._current.tokens
         prompt: list[int] = []
         index = []
+        cut = not self.family.follows_length
         last = len(input_ids) - 1
         for token_id in input_ids:
             superclass = self._superclass_ids(token_id) if token_id in tokens else None
             prompt += superclass or [token_id]
-            if superclass and len(prompt) > last:  # the word that says what it is stays
+            if superclass and cut and len(prompt) > last:  # the word that says what it is stays
                 prompt[last - 1 :] = superclass[-1:]
-            index.append(min(len(prompt), len(input_ids)) - 1)
-        ids = [*prompt[:last], input_ids[-1]]
+            index.append((min(len(prompt), len(input_ids)) if cut else len(prompt)) - 1)
+        ids = [*prompt[:last], input_ids[-1]] if cut else prompt
         return SuperclassPrompt(ids, index, len(prompt) - len(input_ids))
 
     def _superclass_ids(self, token_id: int) -> list[int]:

@@ -47,7 +47,8 @@ class Prompt:
         replaced: whether the model gets the super-class prompt instead, because its tokens have no embeddings.
         attention_mask: `(length,)`, or None.
         clip_skip: as in `ModelFamily.possible_hidden_states`.
-        kept: the positions of the text encoder's output that the pipeline keeps.
+        kept: the positions of the super-class prompt in the text encoder's output that belong to the row, or that the
+            pipeline keeps of it where that replaces the row.
         choice: which of the possible hidden states this row is from.
         text: of the whole prompt, as `PlaceholderTokens.text` returns it.
         versions: of the embeddings that all placeholder tokens had then, as `PlaceholderTokens.versions` returns them.
@@ -155,12 +156,18 @@ class PromptTracker:
         versions = tokens.versions()
         superclass_prompts = {}
         for number, ids in enumerate(input_ids.tolist()):
+            mask = None if attention_mask is None else attention_mask[number].cpu().clone()
+            if self.family.follows_length and mask is not None:
+                ids = ids[: int(mask.sum())]
             kept = self.family.kept_positions(len(ids), max_length)
-            places = {position: place for place, position in enumerate(kept)}
             positions_of = tokens.positions(ids)
             replaced = tokens.are_without_embedding(positions_of)
             superclass = tokens.superclass_prompt(ids)
+            superclass_kept = tuple(superclass.places[position] for position in kept)
+            places = {position: place for place, position in enumerate(kept)}
             if replaced:
+                superclass_kept = self.family.kept_positions(len(superclass.input_ids), max_length)
+                places = {position: place for place, position in enumerate(superclass_kept)}
                 positions_of = {
                     token: tuple(superclass.places[position] for position in positions)
                     for token, positions in positions_of.items()
@@ -172,11 +179,18 @@ class PromptTracker:
             }
             if any(hidden_states.ndim > 2 for hidden_states in possible):
                 getattr(self._call, "found", Counter()).update(Counter(found.keys()))
-            mask = None if attention_mask is None else attention_mask[number].cpu().clone()
             text = tokens.text(ids)
             for choice, hidden_states in enumerate(possible):
                 prompt = Prompt(
-                    found, superclass if found else None, replaced, mask, clip_skip, kept, choice, text, versions
+                    found,
+                    superclass if found else None,
+                    replaced,
+                    mask,
+                    clip_skip,
+                    superclass_kept,
+                    choice,
+                    text,
+                    versions,
                 )
                 row = hidden_states[number]
                 self.memory.remember(row if row.ndim == 1 else row[list(kept)], prompt)
@@ -203,26 +217,32 @@ class PromptTracker:
         table = embedding_table(tokens.text_encoder)
         device = "cpu" if table.is_meta else table.device  # hooks of an offloaded one move its inputs
         distinct = {tuple(superclass.input_ids): prompt for prompt, superclass in prompts.items()}
+        # As the pipeline pads, or the last bits differ.
+        old_masks = {
+            prompt: prompt.attention_mask for prompt in distinct.values() if prompt.attention_mask is not None
+        }
+        length = max(map(len, (*distinct, *old_masks.values())))
         masks = [
-            (torch.arange(len(old)) < int(old.sum()) + prompts[prompt].longer).to(old)
-            for prompt in distinct.values()
-            if (old := prompt.attention_mask) is not None
+            (torch.arange(length) < int(old.sum()) + prompts[prompt].longer).to(old)
+            for prompt, old in old_masks.items()
         ]
         mask = torch.stack(masks).to(device) if masks else None
+        padding = tokens.tokenizer.pad_token_id
+        ids = [[*prompt, *[padding] * (length - len(prompt))] for prompt in distinct]
         clip_skip = next(iter(prompts)).clip_skip
         with self.paused():
             output = tokens.text_encoder(
-                torch.tensor(list(distinct), device=device),
+                torch.tensor(ids, device=device),
                 attention_mask=mask,
                 # Only where it is needed: transformers 5 leaves hooks on the layers that it was asked about.
                 output_hidden_states=self.family.hidden_state_index is not None or clip_skip is not None,
             )
         possible = self.family.possible_hidden_states(tokens.text_encoder, output, mask, clip_skip)
         rows = {ids: number for number, ids in enumerate(distinct)}
-        for prompt, (ids, places, _) in prompts.items():
-            found = possible[prompt.choice][rows[tuple(ids)]]
+        for prompt, superclass in prompts.items():
+            found = possible[prompt.choice][rows[tuple(superclass.input_ids)]]
             if found.ndim > 1:
-                found = found[[position if prompt.replaced else places[position] for position in prompt.kept]]
+                found = found[list(prompt.kept)]
             self._superclass_prompts[prompt] = found.cpu()
         while len(self._superclass_prompts) > MAX_SUPERCLASS_PROMPTS:
             del self._superclass_prompts[next(iter(self._superclass_prompts))]

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils import logging
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .attention_processor import Edit, version_of
 from .concept import PerfusionConcept
@@ -80,7 +82,9 @@ class ConceptRegistry:
         layers: the model's edited attention layers by module name.
         projection: of the model, as in `ModelFamily`.
         joint: likewise.
+        text_argument: likewise.
         mask_argument: likewise.
+        text_behind_image: likewise.
         width: of the hidden states that the model takes.
     """
 
@@ -92,7 +96,9 @@ class ConceptRegistry:
         self.layers: dict[str, Any] = family.layers
         self.projection: tuple[nn.Module, ...] = family.projection
         self.joint = family.joint
+        self.text_argument = family.text_argument
         self.mask_argument = family.mask_argument
+        self.text_behind_image = family.text_behind_image
         self.width = family.width
         self.repeats_rows = family.repeats_rows
         self._reset()
@@ -280,8 +286,8 @@ class ConceptRegistry:
 
     # Rows
 
-    def register(self, rows: Tensor, tokens: Mapping[str, tuple[int, ...]]) -> None:
-        """Remember which placeholder tokens every row of hidden states `(batch, length, width)` holds.
+    def register(self, rows: Tensor | Sequence[Tensor], tokens: Mapping[str, tuple[int, ...]]) -> None:
+        """Remember which placeholder tokens every row of hidden states `(length, width)` holds.
 
         Args:
             rows: of hidden states.
@@ -303,14 +309,15 @@ class ConceptRegistry:
 
     def prepare(
         self,
-        hidden_states: Tensor | None,
+        hidden_states: Tensor | Sequence[Tensor] | None,
         rows: Sequence[Mapping[str, tuple[int, ...]]] | None = None,
         pooled: Tensor | None = None,
     ) -> None:
         """Compute the edit for a batch of hidden states, unless it is the batch of this thread's current edit.
 
         Args:
-            hidden_states: as the model gets them, `(batch, length, width)`; None if it is called without any.
+            hidden_states: as the model gets them, `(batch, length, width)` or a row for each prompt; None if it is
+                called without any.
             rows: positions of the placeholder tokens in each row, where the caller knows them. Then nothing fades.
             pooled: vectors of the prompts, `(batch, d_pooled)`, that a joint-attention model gets beside them.
 
@@ -326,7 +333,8 @@ class ConceptRegistry:
         if hidden_states is None:
             current.edit = None
             return
-        inputs = [hidden_states] if pooled is None else [hidden_states, pooled]
+        inputs = [hidden_states] if isinstance(hidden_states, Tensor) else [*hidden_states]
+        inputs += [] if pooled is None else [pooled]
         versions = [version_of(tensor) for tensor in inputs]
         for sources, its_versions, edit in current.recent:
             if [id(source()) for source in sources] == [id(tensor) for tensor in inputs] and its_versions == versions:
@@ -346,7 +354,7 @@ class ConceptRegistry:
         With gradients the edit stays: a backward pass with gradient checkpointing calls the layers again.
 
         Args:
-            output: of the model, a tensor or a tuple that begins with one.
+            output: of the model: a tensor, one for each image, or a tuple that begins with these.
 
         Raises:
             ValueError: if it is not finite.
@@ -359,6 +367,7 @@ class ConceptRegistry:
             return
         # Once per batch, because it waits for an accelerator.
         output = output if isinstance(output, Tensor) else output[0]
+        output = output if isinstance(output, Tensor) else torch.cat([image.flatten() for image in output])
         if not output.isfinite().all():
             self.clear_edit()
             tokens = ", ".join(repr(concept.placeholder_token) for concept in edit.concepts)
@@ -381,14 +390,15 @@ class ConceptRegistry:
 
     def _edit_of(
         self,
-        hidden_states: Tensor,
+        texts: Tensor | Sequence[Tensor],
         given: Sequence[Mapping[str, tuple[int, ...]]] | None,
         pooled: Tensor | None,
     ) -> Edit | None:
         if given is not None:
             recognised: list[Row | None] = [Row(given=tokens) for tokens in given]
         else:
-            recognised = [self._recognise(row) for row in hidden_states]
+            recognised = [self._recognise(row) for row in texts]
+        hidden_states = texts if isinstance(texts, Tensor) else pad_sequence(list(texts), batch_first=True)
         if unknown := [number for number, row in enumerate(recognised) if row is None]:
             self._warn(
                 hidden_states,
@@ -419,7 +429,9 @@ class ConceptRegistry:
                 "they are taken to be where the embeddings are most like the concepts, which may be another word; "
                 "give their positions, as in mark_perfusion(prompt_embeds, {name: [position]}).",
             )
-        inputs = self._project(hidden_states)
+        superclass_prompt = self._superclass_prompt(hidden_states, {number: recognised[number] for number in rows})
+        longer = 0 if superclass_prompt is None else superclass_prompt.shape[1] - hidden_states.shape[1]
+        inputs = self._project(F.pad(hidden_states, (0, 0, 0, longer)))
         # By name, so that the order in which they were loaded or stand in a prompt does not change a bit.
         order = sorted({name for names in rows.values() for name in names})
         entries = [self.loaded[name] for name in order]
@@ -428,7 +440,6 @@ class ConceptRegistry:
                 entry.concept = entry.concept.to(inputs.device)
             entry.bias, entry.temperature = entry.bias.to(inputs.device), entry.temperature.to(inputs.device)
         coef, gate = self._coefficients(inputs, order, rows)
-        superclass_prompt = self._superclass_prompt(hidden_states, {number: recognised[number] for number in rows})
         replaced = [number for number in rows if (row := recognised[number]) is not None and row.is_superclass_prompt]
         if superclass_prompt is not None and replaced:
             inputs = inputs.clone()
@@ -443,6 +454,7 @@ class ConceptRegistry:
             longer=tuple(0 if row is None else row.longer for row in recognised),
             superclass_prompt=superclass_prompt if self.locking == "global" else None,
             repeats_rows=self.repeats_rows,
+            text_behind_image=self.text_behind_image,
         )
 
     def _superclass_prompt(self, hidden_states: Tensor, rows: Mapping[int, Row | None]) -> Tensor | None:
@@ -475,9 +487,11 @@ class ConceptRegistry:
             )
         if not known:
             return None
-        superclass_prompt = hidden_states.clone()
+        # They may be longer, where the model gets as much text as there is.
+        length = max(hidden_states.shape[1], *map(len, known.values()))
+        superclass_prompt = F.pad(hidden_states, (0, 0, 0, length - hidden_states.shape[1])).clone()
         for number, found in known.items():
-            superclass_prompt[number] = found
+            superclass_prompt[number, : len(found)] = found
         return self._project(superclass_prompt)
 
     def _faded_pooled(self, pooled: Tensor, gate: Tensor) -> Tensor:

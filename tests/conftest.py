@@ -32,6 +32,8 @@ from diffusers import (
     SanaTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from hub_server import HubServer
 from PIL import Image
@@ -618,7 +620,7 @@ def qwen_tokenizer_folder(tmp_path_factory):
 
 
 # Of a prompt and the template around it.
-CHAT_LENGTH = 32
+CHAT_LENGTH = 48
 
 
 def make_qwen3(tokenizer, layers):
@@ -680,6 +682,44 @@ def klein_components(qwen_tokenizer_folder):
 def klein_pipeline(klein_components):
     """A tiny FLUX.2 klein pipeline that loads concepts."""
     pipeline = add_perfusion(Flux2KleinPipeline(**klein_components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def z_image_components(qwen_tokenizer_folder):
+    """Parts of a Z-Image pipeline: text of width 8 from Qwen3, which the transformer brings to its own 16."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen_tokenizer_folder)
+    text_encoder = make_qwen3(tokenizer, 3)
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=8,
+        axes_dims=[4, 2, 2],
+        axes_lens=[128, 16, 16],
+    ).eval()
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    vae = make_vae(AutoencoderKL)
+    vae.register_to_config(shift_factor=0.1)
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+
+
+@pytest.fixture
+def z_image_pipeline(z_image_components):
+    """A tiny Z-Image pipeline that loads concepts."""
+    pipeline = add_perfusion(ZImagePipeline(**z_image_components))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -51,6 +51,9 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImagePipeline,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from PIL import Image
@@ -261,6 +264,24 @@ PIPELINES = {
             lambda: FLUX | {"image": image(), "strength": 0.9},
         ),
     },
+    "Z-Image": {
+        "text to image": (lambda parts: ZImagePipeline(**parts), lambda: CHAT),
+        "without guidance": (lambda parts: ZImagePipeline(**parts), lambda: CHAT | {"guidance_scale": 0.0}),
+        "image to image": (
+            lambda parts: ZImageImg2ImgPipeline(**parts),
+            lambda: CHAT | {"image": image(), "strength": 0.9},
+        ),
+        "inpainting": (
+            lambda parts: ZImageInpaintPipeline(**parts),
+            lambda: CHAT | {"image": image(), "mask_image": mask(), "strength": 0.9},
+        ),
+        "several of each prompt": (
+            lambda parts: ZImagePipeline(**parts),
+            lambda: (
+                CHAT | {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]}
+            ),
+        ),
+    },
     "FLUX.2 klein": {
         "text to image": (lambda parts: Flux2KleinPipeline(**parts), lambda: CHAT),
         "distilled": (lambda parts: Flux2KleinPipeline(**parts, is_distilled=True), lambda: CHAT),
@@ -290,10 +311,11 @@ COMPONENTS = {
     "Flux": "flux_components",
     "Chroma": "chroma_components",
     "FLUX.2 klein": "klein_components",
+    "Z-Image": "z_image_components",
 }
 
 # How keys are locked. Joint attention locks them always, and most of all without token embeddings.
-JOINT = "Flux", "Chroma", "FLUX.2 klein"
+JOINT = "Flux", "Chroma", "FLUX.2 klein", "Z-Image"
 LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, ("local", "values alone"))
 
 
@@ -492,6 +514,7 @@ BESIDE = {
     "Sana": ("LoRA", *TRANSFORMERS),
     "Cosmos": TRANSFORMERS,
     "Chroma": ("LoRA", "fused transformer", "attention backend", "bfloat16", "group offload"),
+    "Z-Image": ("LoRA", "attention backend", *TRANSFORMERS),
     "FLUX.2 klein": ("LoRA", "fused transformer", "attention backend", *TRANSFORMERS),
     "Flux": ("LoRA", "two LoRAs with weights", "fused LoRA", "Textual Inversion", *OF_FLUX, *TRANSFORMERS),
 }

@@ -14,6 +14,7 @@ from .pixart import PixArt
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
+from .z_image import ZImage
 
 __all__ = ["FAMILIES", "ModelFamily", "PromptEncoding", "cross_attention_layers", "edited_model", "family_of"]
 
@@ -27,6 +28,7 @@ FAMILIES: tuple[type[ModelFamily], ...] = (
     Flux,
     Chroma,
     Flux2Klein,
+    ZImage,
 )
 
 

@@ -15,14 +15,14 @@ class PromptEncoding(NamedTuple):
     """The text inputs of a model for a batch of prompts.
 
     Attributes:
-        hidden_states: the `encoder_hidden_states` that the model is called with, `(batch, length, width)`.
+        hidden_states: of text that the model is called with, `(batch, length, width)`, or a row for each prompt.
         inputs: `e`, the input of the key and value projections, `(batch, length, d)`. It is the same tensor unless the
             model projects hidden states before its cross-attention layers.
         pooled: the pooled vector of each prompt, `(batch, d_pooled)`; None for models without one.
         mask: one for tokens and zero for padding, `(batch, length)`; None for models that see padding.
     """
 
-    hidden_states: Tensor
+    hidden_states: Any
     inputs: Tensor
     pooled: Tensor | None
     mask: Tensor | None
@@ -51,7 +51,12 @@ class ModelFamily:
         position_encoder: index of the text encoder whose tokens the positions of hidden states are.
         joint: whether text and image attend to each other in joint layers. Then the model gets the super-class prompt,
             and concepts are edited into values alone; see `JointFamily`.
+        text_argument: name of a joint model's argument for the hidden states of text.
         mask_argument: name of a joint model's argument for the mask of text and what follows it; None for none.
+        follows_length: whether a joint model gets text without padding, so that it gets more of it where the
+            super-class prompt is longer than the prompt.
+        text_behind_image: to what multiple a joint model pads text, if that comes behind the image in its layers; 0 if
+            it comes before.
         hidden_state_index: index of the hidden states that pipelines take; None for the text encoder's own output.
         passes_attention_mask: whether pipelines tell the text encoder which tokens are padding.
         sees_padding: whether the model attends to padding, so that prompts are padded to their full length.
@@ -77,7 +82,10 @@ class ModelFamily:
     text_components: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
     position_encoder: ClassVar[int] = 0
     joint: ClassVar[bool] = False
+    text_argument: ClassVar[str] = "encoder_hidden_states"
     mask_argument: ClassVar[str | None] = None
+    follows_length: ClassVar[bool] = False
+    text_behind_image: ClassVar[int] = 0
     hidden_state_index: ClassVar[int | None] = None
     passes_attention_mask: ClassVar[bool] = False
     sees_padding: ClassVar[bool] = True
@@ -244,7 +252,7 @@ class ModelFamily:
         """Return the positions of a text encoder's hidden states that a pipeline keeps.
 
         Args:
-            length: of the hidden states.
+            length: of the hidden states, without padding where the model gets none.
             max_sequence_length: that the pipeline was called with; None if it has no such argument.
         """
         return tuple(range(length))
@@ -293,6 +301,10 @@ class ModelFamily:
         encoded = vae.encode((images * 2 - 1).to(next(vae.parameters())))
         latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
         return ((latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).float()
+
+    def without_padding(self, encoding: PromptEncoding) -> PromptEncoding:
+        """Return text inputs as `predict` takes them: with rows of different lengths for models that take those."""
+        return encoding
 
     def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
         """Return the keyword arguments that the model takes besides latents, timestep and hidden states.

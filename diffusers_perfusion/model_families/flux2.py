@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import PromptEncoding
-from .joint import PackedFamily
+from .joint import PackedFamily, chats
 
 
 class Flux2Klein(PackedFamily):
@@ -32,16 +32,7 @@ class Flux2Klein(PackedFamily):
         return len(self.layers_taken) * self.widths[0]
 
     def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-            for prompt in prompts
-        ]
-        return super()._tokens(tokenizer, chats, padding)
+        return super()._tokens(tokenizer, chats(tokenizer, prompts, enable_thinking=False), padding)
 
     @classmethod
     def hidden_states(cls, output: Any, attention_mask: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """`JointFamily`: models in whose layers text and image attend to each other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,17 +16,32 @@ class JointFamily(ModelFamily):
     """Transformers with joint attention, named alike in diffusers.
 
     Attributes:
-        block_lists: names of the model's lists of blocks; each block has its attention layer as `attn`.
+        block_lists: names of the model's lists of blocks.
+        attention: name of each block's attention layer.
+        image_reader: name of the component by which a pipeline's text encoder also reads images; None for none.
+
+    Raises:
+        ValueError: if the pipeline has such a component.
     """
 
     joint = True
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    attention: ClassVar[str] = "attn"
+    image_reader: ClassVar[str | None] = None
+
+    def __init__(self, pipeline: Any):
+        if self.image_reader is not None and hasattr(pipeline, self.image_reader):
+            raise ValueError(
+                f"{type(pipeline).__name__} gives its model images among the words of the prompt ({self.image_reader})"
+                ", and Perfusion knows a placeholder token's place among words alone; expected a pipeline without it"
+            )
+        super().__init__(pipeline)
 
     @cached_property
     def layers(self) -> dict[str, Any]:
         """The joint attention layers by module name."""
         return {
-            f"{blocks}.{number}.attn": block.attn
+            f"{blocks}.{number}.{self.attention}": getattr(block, self.attention)
             for blocks in self.block_lists
             for number, block in enumerate(getattr(self.model, blocks))
         }
@@ -56,6 +71,31 @@ class JointFamily(ModelFamily):
         return {name: torch.zeros(width).to(inputs.device) for name, (_, width) in self.layer_widths.items()}
 
 
+class UnpaddedFamily(JointFamily):
+    """Transformers that get text without padding, or with zeros in its place."""
+
+    passes_attention_mask = True
+    sees_padding = False
+    follows_length = True
+
+    @classmethod
+    def split(cls, row: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
+        """Return a row without the zeros behind its text."""
+        return [row[: int(row.any(-1).nonzero().max()) + 1] if row.any() else row]
+
+
+def chats(tokenizer: Any, prompts: Sequence[str], **settings: Any) -> list[str]:
+    """Return prompts as what a user says in a chat, by the tokenizer's own template.
+
+    Args:
+        tokenizer: whose template it is.
+        prompts: one for each chat.
+        settings: of the template.
+    """
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+
+
 class PackedFamily(JointFamily):
     """Transformers that take latents packed in patches, and predict a flow at timesteps from 0 to 1.
 
@@ -83,18 +123,28 @@ class PackedFamily(JointFamily):
         """Return the flow that the model predicts, unpacked."""
         patch = self.latent_patch_size
         height, width = (side // patch for side in noisy.shape[-2:])
-        positions = noisy.new_zeros(height, width, self.position_axes)
-        positions[..., 1] += torch.arange(height, device=noisy.device)[:, None]
-        positions[..., 2] += torch.arange(width, device=noisy.device)
         packed = model(
             hidden_states=F.pixel_unshuffle(noisy, patch).flatten(2).mT,
             timestep=(timesteps / self._num_train_timesteps).to(noisy),
             encoder_hidden_states=encoding.hidden_states,
-            img_ids=positions.flatten(0, 1),
-            txt_ids=self.text_positions(encoding.hidden_states.shape[1]).to(noisy),
+            **self.positions(noisy, height, width, encoding.hidden_states.shape[1]),
             **self.conditions(encoding, resolution),
         ).sample
         return F.pixel_shuffle(packed.mT.unflatten(2, (height, width)), patch)
+
+    def positions(self, noisy: Tensor, height: int, width: int, length: int) -> dict[str, Any]:
+        """Return the keyword arguments that say where the tokens of image and text are.
+
+        Args:
+            noisy: latents, for their device and precision.
+            height: of the image in patches.
+            width: likewise.
+            length: of the text.
+        """
+        image = noisy.new_zeros(height, width, self.position_axes)
+        image[..., 1] += torch.arange(height, device=noisy.device)[:, None]
+        image[..., 2] += torch.arange(width, device=noisy.device)
+        return {"img_ids": image.flatten(0, 1), "txt_ids": self.text_positions(length).to(noisy)}
 
     def text_positions(self, length: int) -> Tensor:
         """Return the positions of text tokens that the model takes, `(length, position_axes)`."""

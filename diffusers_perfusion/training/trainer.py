@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..concept import PerfusionConcept
 from ..model_families import PromptEncoding, family_of
@@ -167,7 +168,9 @@ class PerfusionTrainer:
         for number, (text_encoder, ids) in enumerate(zip(self.family.text_encoders, prompt_ids, strict=True)):
             tokens: Any = PlaceholderTokens.existing(text_encoder)
             prompts = [tokens.superclass_prompt(row) for row in ids.tolist()]
-            superclass_ids.append(torch.tensor([prompt.input_ids for prompt in prompts]))
+            rows = [torch.tensor(prompt.input_ids) for prompt in prompts]
+            padding = self.family.tokenizers[number].pad_token_id
+            superclass_ids.append(pad_sequence(rows, batch_first=True, padding_value=padding))
             if number == self.family.position_encoder:
                 self._tokens_of_prompt = [
                     {token: tuple(prompt.places[place] for place in places) for token, places in of_prompt.items()}
@@ -260,7 +263,7 @@ class PerfusionTrainer:
         """Return the text inputs of prompts by their indices, `(batch,)`, in the model's dtype."""
         if self._encoding is not None:
             rows = upload(prompts, self.accelerator.device)
-            return self._encoding.map(lambda part: part[rows])
+            return self.family.without_padding(self._encoding.map(lambda part: part[rows]))
         # Each prompt is encoded once, and its rows are chosen by a product with a one-hot matrix: the backward pass
         # of indexing adds up repeated rows in whatever order threads come, so that two runs would differ in their
         # bits.
@@ -269,7 +272,7 @@ class PerfusionTrainer:
         with self._registry.paused_tracking():  # the tokens of each row are known here
             encoding = self.family.encode([ids[distinct] for ids in self.prompt_ids])
         encoding = encoding.map(lambda part: torch.tensordot(one_hot, part.to(one_hot), dims=1))
-        return encoding.map(lambda part: part.to(self.model.dtype))
+        return self.family.without_padding(encoding.map(lambda part: part.to(self.model.dtype)))
 
     def _check_compiled(self, part: list[Tensor]) -> None:
         """Raise RuntimeError if the compiled model gives wrong gradients, as in some releases of torch."""

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT_LENGTH, random_concept
-from diffusers import Flux2Pipeline
+from diffusers import Flux2Pipeline, ZImageOmniPipeline
 
+from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.joint_attention import value_sites
 from diffusers_perfusion.model_families import edited_model, family_of
 from diffusers_perfusion.training import TrainingConfig, train
 
-PIPELINES = ("klein_pipeline",)
+PIPELINES = ("klein_pipeline", "z_image_pipeline")
 
 
 @pytest.fixture(params=PIPELINES)
@@ -46,15 +47,22 @@ def effect(one, other):
     return float((one - other).abs().max())
 
 
-@pytest.mark.parametrize("prompt", ["{} on the beach", "a {} on the beach", "a {}", "the\n{}, a {}"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["{} on the beach", "a {} on the beach", "a {}", "the\n{}, a {}", "a photo {}" + " on the beach" * 7],
+)
 def test_a_closed_gate_gives_the_superclass_prompt(pipe, draw, concept, prompt):
-    """Of two tokens, with a space before them and without, behind the line break of the template and another one."""
-    plain = draw(prompt.format(*["teddy bear"] * 2))
+    """Of two tokens, with a space before them and without, behind the line break of the template and another one.
+
+    Also where it becomes longer than a multiple of 32, to which Z-Image pads text, and beside a shorter prompt.
+    """
+    token, superclass = (prompt.format(*[word] * 2) for word in ("<my-bear>", "teddy bear"))
+    plain = draw([superclass, "a cat"])
     pipe.load_perfusion(concept())
-    token = prompt.format(*["<my-bear>"] * 2)
-    assert effect(draw(token), plain) > 1e-3
+    assert effect(draw([token, "a cat"])[0], plain[0]) > 1e-3
     pipe.set_perfusion(bias=2.0, temperature=0.01)
-    assert torch.equal(draw(token), plain)
+    assert torch.equal(draw([token, "a cat"]), plain)
+    assert torch.equal(draw(token), draw(superclass))
 
 
 def test_a_token_of_letters_is_no_part_of_a_word(pipe, draw, concept):
@@ -85,7 +93,8 @@ def test_values_are_edited_at_the_last_token_of_the_superclass_alone(pipe, draw,
     assert outputs.keys() == sites.keys()
     for name, ((before, after),) in outputs.items():
         expected = torch.zeros_like(before)
-        expected[0, place, sites[name].start : sites[name].stop] = gate * made.target_outputs[name]
+        image = before.shape[1] - 32 if name.startswith("layers.") else 0  # of Z-Image, where it comes first
+        expected[0, image + place, sites[name].start : sites[name].stop] = gate * made.target_outputs[name]
         torch.testing.assert_close(after - before, expected, atol=1e-5, rtol=1e-4)
         assert torch.equal(after[1], before[1])
 
@@ -117,6 +126,26 @@ def test_values_alone_are_trained_to_an_effect(pipe, draw, training_settings):
     assert torch.equal(edited[1], plain[1]) and effect(edited[0], plain[1]) > 1e-3
     pipe.set_perfusion(bias=2.0, temperature=0.01)
     assert torch.equal(draw(prompts)[0], plain[1])
+
+
+def test_embeddings_of_others_are_marked(pipe, draw, concept, caplog):
+    prompt = "a teddy bear on the beach"
+    embeds = family_of(pipe).encode(family_of(pipe).tokenize([prompt])).hidden_states.detach()
+    if family_of(pipe).text_argument == "cap_feats":
+        embeds = list(embeds)
+    pipe.load_perfusion(concept())
+    expected = draw("a <my-bear> on the beach", guidance_scale=0.0, max_sequence_length=512)
+    settings = {"prompt": None, "prompt_embeds": embeds, "guidance_scale": 0.0}
+    with caplog.at_level(logging.WARNING):
+        assert effect(draw("", **settings), expected) > 1e-3
+    assert "does not recognise 1 of 1 prompt embeddings" in caplog.text
+    tokenizer = family_of(pipe).tokenizers[0]
+    bear = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" bear"))[0]
+    place = family_of(pipe).tokenize([prompt])[0][0].tolist().index(bear)
+    pipe.mark_perfusion(embeds, {"my-bear": place})
+    torch.testing.assert_close(draw("", **settings), expected)
+    with pytest.raises(ValueError, match=r"prompt_embeds has shape .*; expected \(batch, length"):
+        pipe.mark_perfusion([row[:, 1:] for row in embeds], "my-bear")
 
 
 # FLUX.2 klein
@@ -155,3 +184,40 @@ def test_klein_is_called_as_by_the_pipeline(klein_pipeline, generate):
         assert torch.equal(one[name][0].float(), other[name])
     packed = pipe._pack_latents(pipe._patchify_latents(prediction))
     torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-3)
+
+
+# Z-Image
+
+
+def test_z_image_is_called_as_by_the_pipeline(z_image_pipeline, generate):
+    """Latents, time that runs the other way, and rows of their own length."""
+    pipe, calls, outputs = z_image_pipeline, [], []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: calls.append(args))
+    pipe.transformer.register_forward_hook(lambda _, args, output: outputs.append(output[0]))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    generate(
+        ["a cat", "a cat on the beach"],
+        pipe,
+        latents=latents,
+        height=16,
+        width=16,
+        num_inference_steps=1,
+        guidance_scale=0.0,
+    )
+    family = family_of(pipe)
+    with torch.no_grad():
+        encoding = family.without_padding(family.encode(family.tokenize(["a cat", "a cat on the beach"])))
+        prediction = family.predict(pipe.transformer, latents, torch.tensor([1000, 1000]), encoding, 16)
+    for theirs, ours in zip(*calls, strict=True):
+        for one, other in zip(theirs, ours, strict=True):
+            torch.testing.assert_close(one, other)
+    torch.testing.assert_close(prediction, -torch.stack(outputs[0]).squeeze(2))
+    assert [len(row) for row in encoding.hidden_states] == [10, 13]
+
+
+def test_images_among_words_are_refused(z_image_components):
+    pipe = ZImageOmniPipeline(**z_image_components, siglip=None, siglip_processor=None)
+    with pytest.raises(
+        ValueError, match=r"ZImageOmniPipeline gives its model images among the words of the prompt \(siglip\)"
+    ):
+        add_perfusion(pipe).load_perfusion("my-bear")

@@ -91,6 +91,7 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
         "flux_pipeline",
         "chroma_pipeline",
         "klein_pipeline",
+        "z_image_pipeline",
     ],
 )
 def test_training_of_other_families(request, name, training_settings, generate):
