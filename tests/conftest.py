@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     AutoencoderTiny,
     ChromaPipeline,
@@ -29,6 +30,8 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -56,6 +59,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -720,6 +725,75 @@ def z_image_components(qwen_tokenizer_folder):
 def z_image_pipeline(z_image_components):
     """A tiny Z-Image pipeline that loads concepts."""
     pipeline = add_perfusion(ZImagePipeline(**z_image_components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def qwen_image_components(qwen_tokenizer_folder):
+    """Parts of a Qwen-Image pipeline: text of width 16 from Qwen2.5-VL; 16×16 images."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen_tokenizer_folder)
+    length = len(tokenizer)
+    torch.manual_seed(0)
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": length + 8,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "initializer_range": 0.3,
+                "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "fullatt_block_indexes": [0],
+            },
+            image_token_id=length + 1,
+            video_token_id=length + 2,
+            vision_start_token_id=length + 3,
+            vision_end_token_id=length + 4,
+        )
+    ).eval()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 2.0, 1.0],
+    ).eval()
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+
+
+@pytest.fixture
+def qwen_image_pipeline(qwen_image_components):
+    """A tiny Qwen-Image pipeline that loads concepts."""
+    pipeline = add_perfusion(QwenImagePipeline(**qwen_image_components))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

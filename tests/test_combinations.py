@@ -36,6 +36,9 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPAGPipeline,
     PixArtSigmaPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImagePipeline,
     SanaPAGPipeline,
     SanaPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
@@ -101,6 +104,10 @@ COSMOS = {"height": 16, "width": 16, "max_sequence_length": LENGTH, "negative_pr
 FLUX = {"height": 16, "width": 16, "max_sequence_length": LENGTH}
 
 CHAT = {"height": 16, "width": 16, "max_sequence_length": CHAT_LENGTH}
+
+
+# The other prompt is the longest, whether the placeholder token is one or many: the length of all is that.
+QWEN = CHAT | {"prompt": [PROMPTS[0], f"{PROMPTS[1]} on the beach on the beach on the beach"]}
 
 
 def reference_image():
@@ -264,6 +271,21 @@ PIPELINES = {
             lambda: FLUX | {"image": image(), "strength": 0.9},
         ),
     },
+    "Qwen-Image": {
+        "text to image": (lambda parts: QwenImagePipeline(**parts), lambda: QWEN),
+        "true guidance": (
+            lambda parts: QwenImagePipeline(**parts),
+            lambda: QWEN | {"true_cfg_scale": 3.0, "negative_prompt": ["a dog", ""]},
+        ),
+        "image to image": (
+            lambda parts: QwenImageImg2ImgPipeline(**parts),
+            lambda: QWEN | {"image": image(), "strength": 0.9},
+        ),
+        "inpainting": (
+            lambda parts: QwenImageInpaintPipeline(**parts),
+            lambda: QWEN | {"image": image(), "mask_image": mask(), "strength": 0.9},
+        ),
+    },
     "Z-Image": {
         "text to image": (lambda parts: ZImagePipeline(**parts), lambda: CHAT),
         "without guidance": (lambda parts: ZImagePipeline(**parts), lambda: CHAT | {"guidance_scale": 0.0}),
@@ -312,10 +334,11 @@ COMPONENTS = {
     "Chroma": "chroma_components",
     "FLUX.2 klein": "klein_components",
     "Z-Image": "z_image_components",
+    "Qwen-Image": "qwen_image_components",
 }
 
 # How keys are locked. Joint attention locks them always, and most of all without token embeddings.
-JOINT = "Flux", "Chroma", "FLUX.2 klein", "Z-Image"
+JOINT = "Flux", "Chroma", "FLUX.2 klein", "Z-Image", "Qwen-Image"
 LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, ("local", "values alone"))
 
 
@@ -514,6 +537,7 @@ BESIDE = {
     "Sana": ("LoRA", *TRANSFORMERS),
     "Cosmos": TRANSFORMERS,
     "Chroma": ("LoRA", "fused transformer", "attention backend", "bfloat16", "group offload"),
+    "Qwen-Image": ("LoRA", "attention backend", "first block cache", *TRANSFORMERS),
     "Z-Image": ("LoRA", "attention backend", *TRANSFORMERS),
     "FLUX.2 klein": ("LoRA", "fused transformer", "attention backend", *TRANSFORMERS),
     "Flux": ("LoRA", "two LoRAs with weights", "fused LoRA", "Textual Inversion", *OF_FLUX, *TRANSFORMERS),

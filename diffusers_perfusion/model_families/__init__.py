@@ -11,6 +11,7 @@ from .cosmos import Cosmos
 from .flux import Flux
 from .flux2 import Flux2Klein
 from .pixart import PixArt
+from .qwen_image import QwenImage
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
@@ -29,6 +30,7 @@ FAMILIES: tuple[type[ModelFamily], ...] = (
     Chroma,
     Flux2Klein,
     ZImage,
+    QwenImage,
 )
 
 

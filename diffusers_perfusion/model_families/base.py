@@ -343,6 +343,23 @@ class _WithoutHooks(nn.Module):
         return self.module.forward(hidden_states)
 
 
+@torch.no_grad()
+def frame_latents(vae: Any, images: Tensor) -> Tensor:
+    """Return normalized latents of images as videos of one frame, in float32, `(N, channels, h, w)`.
+
+    Args:
+        vae: of videos, which knows the mean and the deviation of its latents.
+        images: in [0, 1], `(N, 3, height, width)`.
+    """
+    videos = (images * 2 - 1).to(next(vae.parameters())).unsqueeze(2)
+    latents = vae.encode(videos).latent_dist.mode()[:, :, 0].float()
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) / std
+
+
 def edited_model(pipeline: Any) -> Any:
     """Return the UNet or transformer of a pipeline, out of `torch.compile`; None if it has neither."""
     unet = getattr(pipeline, "unet", None)

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .base import ModelFamily, PromptEncoding
+from .base import ModelFamily, PromptEncoding, frame_latents
 
 
 class Cosmos(ModelFamily):
@@ -34,16 +33,9 @@ class Cosmos(ModelFamily):
             return hidden_states
         return hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
 
-    @torch.no_grad()
     def encode_latents(self, vae: Any, images: Tensor) -> Tensor:
-        """Return normalized latents of images as videos of one frame, `(N, channels, h, w)`."""
-        videos = (images * 2 - 1).to(next(vae.parameters())).unsqueeze(2)
-        latents = vae.encode(videos).latent_dist.mode()[:, :, 0].float()
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return (latents - mean) / std
+        """Return normalized latents of images as videos of one frame."""
+        return frame_latents(vae, images)
 
     def predict(
         self, model: Any, noisy: Tensor, timesteps: Tensor, encoding: PromptEncoding, resolution: int
