@@ -12,7 +12,11 @@ from .joint import PackedFamily, chats
 
 
 class Flux2Klein(PackedFamily):
-    """Transformers with joint attention to the hidden states of three layers of Qwen3, side by side."""
+    """Transformers with joint attention to the hidden states of three layers of Qwen3, side by side.
+
+    Raises:
+        ValueError: if the pipeline is of FLUX.2 dev.
+    """
 
     name = "FLUX.2 klein"
     model_classes = ("Flux2Transformer2DModel",)
@@ -21,10 +25,13 @@ class Flux2Klein(PackedFamily):
     passes_attention_mask = True
     position_axes = 4
 
-    @classmethod
-    def matches(cls, pipeline: Any) -> bool:
-        """Return whether a pipeline has a model of this family, and no system message, as FLUX.2 dev's has."""
-        return super().matches(pipeline) and not hasattr(pipeline, "system_message")
+    def __init__(self, pipeline: Any):
+        if hasattr(pipeline, "system_message"):
+            raise ValueError(
+                f"Perfusion cannot edit {type(pipeline).__name__}, whose text encoder reads prompts behind a system "
+                "message and by an image processor; expected a pipeline of FLUX.2 klein"
+            )
+        super().__init__(pipeline)
 
     @property
     def width(self) -> int:

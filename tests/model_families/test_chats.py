@@ -12,7 +12,9 @@ from diffusers import Flux2Pipeline, QwenImageEditPipeline, QwenImageEditPlusPip
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.joint_attention import value_sites
 from diffusers_perfusion.model_families import edited_model, family_of
+from diffusers_perfusion.registry import registry_of
 from diffusers_perfusion.training import TrainingConfig, train
+from diffusers_perfusion.training.superclass import TEMPLATES, superclass_positions
 
 PIPELINES = ("klein_pipeline", "z_image_pipeline", "qwen_image_pipeline")
 
@@ -127,6 +129,36 @@ def test_values_alone_are_trained_to_an_effect(pipe, draw, training_settings):
     assert torch.equal(draw(token), plain)
 
 
+def test_values_alone_are_trained_with_superclass_prompts(pipe, training_settings, monkeypatch):
+    """Whole ones, though they are longer than the prompts, and at their last tokens."""
+    seen, kind = [], type(family_of(pipe))
+    predict = kind.predict
+
+    def record(self, model, noisy, timesteps, encoding, resolution):
+        seen.extend(zip(encoding.hidden_states, registry_of(self.model).edit.gate[..., 0], strict=True))
+        return predict(self, model, noisy, timesteps, encoding, resolution)
+
+    monkeypatch.setattr(kind, "predict", record)
+    settings = {"superclass": "teddy bear", "embedding_learning_rate": 0.0, "resolution": 16, "max_train_steps": 6}
+    train(pipe, TrainingConfig(**training_settings | settings))
+    family = family_of(pipe)
+    ids = family.tokenize([template.format("teddy bear") for template in TEMPLATES])
+    with torch.no_grad():
+        encoding = family.encode(ids)
+    places = superclass_positions(family.tokenizers[0], "teddy bear", ids[0])[:, -1].tolist()
+    lengths = [ids[0].shape[1]] * len(places) if encoding.mask is None else encoding.mask.sum(1).tolist()
+    found = set()
+    for row, gate in seen:
+        (number,) = [
+            n
+            for n, (text, end) in enumerate(zip(encoding.hidden_states, lengths, strict=True))
+            if len(row) >= end and torch.allclose(row[:end], text[:end], atol=1e-4) and not row[end:].any()
+        ]
+        assert gate.nonzero()[:, 0].tolist() == [places[number]]
+        found.add(number)
+    assert len(seen) == 24 and len(found) > 3
+
+
 def test_embeddings_of_others_are_marked(pipe, draw, concept, caplog):
     prompt = "a teddy bear on the beach"
     embeds = family_of(pipe).encode(family_of(pipe).tokenize([prompt])).hidden_states.detach()
@@ -158,8 +190,10 @@ def test_other_layers_of_the_text_encoder_are_warned_of(klein_pipeline, generate
 
 
 def test_another_chat_with_the_same_model_is_refused(klein_components):
-    with pytest.raises(ValueError, match=r"cannot edit Flux2Pipeline, whose model is Flux2Transformer2DModel"):
-        family_of(Flux2Pipeline(**klein_components))
+    with pytest.raises(
+        ValueError, match=r"cannot edit Flux2Pipeline, .* a system message .*; expected .* FLUX.2 klein"
+    ):
+        add_perfusion(Flux2Pipeline(**klein_components))
 
 
 def test_klein_is_called_as_by_the_pipeline(klein_pipeline, generate):
