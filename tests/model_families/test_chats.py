@@ -56,14 +56,15 @@ def effect(one, other):
 def test_a_closed_gate_gives_the_superclass_prompt(pipe, draw, concept, prompt):
     """Of two tokens, with a space before them and without, behind the line break of the template and another one.
 
-    Also where it becomes longer than a multiple of 32, to which Z-Image pads text, and beside a shorter prompt.
+    Also where it becomes longer than a multiple of 32, to which Z-Image pads text, and beside shorter and longer ones.
     """
     token, superclass = (prompt.format(*[word] * 2) for word in ("<my-bear>", "teddy bear"))
-    plain, alone = draw([superclass, "a cat"]), draw(superclass)
+    others = ["a cat", "a cat" + " on the beach" * 9]
+    plain, alone = draw([superclass, *others]), draw(superclass)
     pipe.load_perfusion(concept())
-    assert effect(draw([token, "a cat"])[0], plain[0]) > 1e-3
+    assert effect(draw([token, *others])[0], plain[0]) > 1e-3
     pipe.set_perfusion(bias=2.0, temperature=0.01)
-    torch.testing.assert_close(draw([token, "a cat"]), plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(draw([token, *others]), plain, atol=1e-5, rtol=1e-4)
     assert torch.equal(draw(token), alone)
 
 
@@ -258,6 +259,22 @@ def test_a_token_of_letters_that_is_not_read_is_warned_of(qwen_image_pipeline, g
         assert "sks" not in caplog.text
         generate("sks", qwen_image_pipeline, height=16, width=16)
     assert "sks falls off" in caplog.text
+
+
+def test_the_mask_is_that_of_the_superclass_prompt(qwen_image_pipeline, generate):
+    """None where it is alone; it makes the text longer where it becomes the longest."""
+    pipe, masks = qwen_image_pipeline, []
+    pipe.load_perfusion(random_concept(pipe, "<my-bear>", "teddy bear", token_embeddings=[torch.zeros(16)]))
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["encoder_hidden_states_mask"]), with_kwargs=True
+    )
+    draw = partial(generate, pipe=pipe, height=16, width=16, num_inference_steps=1)
+    for prompts in (["a {}"], ["a {}", "a cat"], ["a {}", "a cat on the"], ["a {}", "a cat on"]):
+        for word in ("teddy bear", "<my-bear>"):
+            draw([prompt.format(word) for prompt in prompts])
+    assert masks[:2] == [None, None]
+    for plain, edited in zip(masks[2::2], masks[3::2], strict=True):
+        assert edited is plain is None or torch.equal(edited.bool(), plain.bool())
 
 
 def test_qwen_image_is_called_as_by_the_pipeline(qwen_image_pipeline, generate):
