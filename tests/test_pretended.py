@@ -46,6 +46,7 @@ def accelerated(environment, tmp_path):
         ("sana_pipeline", {}),  # a projection and an instruction
         # joint attention, with the text encoders off the accelerator
         ("flux_pipeline", {"mask": "none", "resolution": 16, "embedding_learning_rate": 0.0}),
+        ("klein_pipeline", {"mask": "none", "resolution": 16, "embedding_learning_rate": 0.0}),
     ],
 )
 def test_training_waits_for_nothing_and_gives_the_same_concept(

@@ -60,9 +60,10 @@ class Flux2Klein(PackedFamily):
         patches = (patches - mean) / (variance + vae.config.batch_norm_eps).sqrt()
         return F.pixel_shuffle(patches, self.latent_patch_size)
 
-    def text_positions(self, length: int) -> Tensor:
+    def text_positions(self, noisy: Tensor, length: int) -> Tensor:
         """Return the numbers of text tokens as the last of their positions."""
-        return F.pad(torch.arange(length)[:, None], (self.position_axes - 1, 0))
+        numbers = torch.arange(length, device=noisy.device)[:, None]
+        return F.pad(numbers.to(noisy), (self.position_axes - 1, 0))
 
     def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
         """Return that there is no guidance: distilled models have none, and others take negative prompts."""

@@ -144,8 +144,8 @@ class PackedFamily(JointFamily):
         image = noisy.new_zeros(height, width, self.position_axes)
         image[..., 1] += torch.arange(height, device=noisy.device)[:, None]
         image[..., 2] += torch.arange(width, device=noisy.device)
-        return {"img_ids": image.flatten(0, 1), "txt_ids": self.text_positions(length).to(noisy)}
+        return {"img_ids": image.flatten(0, 1), "txt_ids": self.text_positions(noisy, length)}
 
-    def text_positions(self, length: int) -> Tensor:
-        """Return the positions of text tokens that the model takes, `(length, position_axes)`."""
-        return torch.zeros(length, self.position_axes)
+    def text_positions(self, noisy: Tensor, length: int) -> Tensor:
+        """Return the positions of text tokens, `(length, position_axes)`, on the device of latents."""
+        return noisy.new_zeros(length, self.position_axes)
