@@ -78,14 +78,16 @@ class Edit:
     def repeated(self, tensor: Tensor, batch: int) -> Tensor:
         """Return a tensor `(rows, length, ...)` of this edit with each row repeated to fill a layer's batch.
 
+        One row of text may stand for a batch of images, without a model that repeats it.
+
         Raises:
             RuntimeError: if the layer's batch is another than the model's, and the model does not repeat rows.
         """
         if len(tensor) == batch:
             return tensor
-        if not self.repeats_rows or batch % len(tensor):
+        if (len(tensor) > 1 and not self.repeats_rows) or batch % len(tensor):
             raise RuntimeError(
-                f"a cross-attention layer got {batch} rows of hidden states, but its model got {len(tensor)}; "
+                f"an attention layer got {batch} rows of hidden states, but its model got {len(tensor)}; "
                 "Perfusion does not know which prompt each row belongs to"
             )
         return tensor.repeat_interleave(batch // len(tensor), dim=0)

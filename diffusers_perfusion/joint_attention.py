@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .attention_processor import Edit, EditSource
 
@@ -79,10 +80,19 @@ class ValueHook:
         self.edits, self.layer, self.start, self.stop = edits, layer, start, stop
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Return the edited output, or None to leave it as it is."""
+        """Return the edited output, or None to leave it as it is.
+
+        Raises:
+            RuntimeError: if the module returns only a part of the values, as under tensor parallelism.
+        """
         edit = self.edits.edit_for(output, self.layer)
         if edit is None:
             return None
+        if isinstance(output, DTensor) or output.shape[-1] < self.stop:
+            raise RuntimeError(
+                f"the projection to values of {self.layer} is distributed over several devices, which get only parts "
+                "of the values, so concepts cannot be edited in; generate on one device, or unload_perfusion()"
+            )
         added = self._added(edit, output)
         rows, length = output.shape[1], added.shape[1]
         before = 0
@@ -97,23 +107,33 @@ class ValueHook:
 
 
 def hook_values(edits: EditSource, layers: dict[str, Any]) -> None:
-    """Put a `ValueHook` on every value projection of joint attention layers that has none of these edits.
+    """Put a `ValueHook` of these edits on every value projection of joint attention layers, unless it has one.
+
+    What has one and is no value projection any more, because another module wraps it now, loses it.
 
     Raises:
         ValueError: as `value_sites`.
     """
     for name, attn in layers.items():
-        for module, start, stop in value_sites(attn):
-            if not any(True for _ in _hooks(edits, module)):
+        sites = {site.module: site for site in value_sites(attn)}
+        for module in attn.modules():
+            if module not in sites:
+                _unhook(edits, module)
+        for module, start, stop in sites.values():
+            if not list(_hooks(edits, module)):
                 module.register_forward_hook(ValueHook(edits, name, start, stop))
 
 
 def unhook_values(edits: EditSource, layers: dict[str, Any]) -> None:
     """Remove the hooks of `hook_values`."""
     for attn in layers.values():
-        for site in value_sites(attn):
-            for number in list(_hooks(edits, site.module)):
-                del site.module._forward_hooks[number]
+        for module in attn.modules():
+            _unhook(edits, module)
+
+
+def _unhook(edits: EditSource, module: nn.Module) -> None:
+    for number in list(_hooks(edits, module)):
+        del module._forward_hooks[number]
 
 
 def _hooks(edits: EditSource, module: nn.Module) -> Iterator[int]:

@@ -14,15 +14,23 @@ from torch import Tensor, nn
 
 from .attention_processor import PerfusionAttnProcessor, wrap
 from .joint_attention import hook_values, unhook_values
+from .model_families.base import uncompiled
 from .registry import ConceptRegistry, registry_of
+
+_DISTRIBUTED = (
+    "{} is distributed over several devices (enable_parallelism), whose layers get only parts of the text, so "
+    "concepts cannot be edited in; generate on one device, or without concepts"
+)
 
 
 def attach(model: Any, registry: ConceptRegistry) -> None:
     """Put a registry on a model, and its edit into every layer that does not have it yet.
 
     Raises:
-        ValueError: as `check_processors` or `value_sites`.
+        ValueError: as `check_processors` or `value_sites`, or if the model is distributed over several devices.
     """
+    if getattr(model, "_parallel_config", None) is not None:
+        raise ValueError(_DISTRIBUTED.format(type(model).__name__))
     check_processors(registry)
     if registry.joint:
         hook_values(registry, registry.layers)
@@ -122,10 +130,7 @@ def _prepare_joint(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return (), kwargs
     if getattr(model, "_parallel_config", None) is not None:
         registry.clear_edit()
-        raise RuntimeError(
-            f"{type(model).__name__} is distributed over several devices (enable_parallelism), whose layers get only "
-            "parts of the text, so concepts cannot be edited in; generate on one device, or unload_perfusion()"
-        )
+        raise RuntimeError(_DISTRIBUTED.format(type(model).__name__))
     hook_values(registry, registry.layers)  # projections may have been fused since
     if edit.inputs is not None:
         kwargs[registry.text_argument] = edit.inputs
@@ -168,15 +173,26 @@ def _prepare_layers(registry: ConceptRegistry, hidden_states: Tensor | None, poo
 
 @torch.compiler.disable
 def _finish(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the model: raise RuntimeError if a layer was not edited, because its processor was replaced.
+    """Forward hook of the model: raise RuntimeError if a layer, or its processor, was replaced and is not edited.
 
     And ValueError as `ConceptRegistry.finish`.
 
-    A processor of somebody else that calls ours, as packages that look at attention set them, is none of those.
+    A processor of somebody else that calls ours, as packages that look at attention set them, is none of those. One
+    that has edited once is not called at every step where a cache of attention or blocks is enabled.
     """
     registry = model._perfusion
-    missed = sorted(registry.watched - registry.called) if registry.edit is not None else []
+    processors = {name: registry.layers[name].processor for name in registry.watched}
+    registry.trusted |= {name: processors[name] for name in registry.called}
+    missed, gone = [], []
+    if registry.edit is not None:
+        missed = sorted(name for name, processor in processors.items() if registry.trusted.get(name) is not processor)
+        gone = [name for name, layer in registry.layers.items() if _layer_at(model, name) is not layer]
     registry.finish(output)
+    if gone:
+        raise RuntimeError(
+            f"{len(gone)} attention layers were replaced after concepts were loaded ({gone[0]}), so the concepts are "
+            "lost there; call unload_perfusion() and load them again"
+        )
     if missed:
         processor = type(registry.layers[missed[0]].processor).__name__
         if registry.joint:
@@ -189,3 +205,11 @@ def _finish(model: Any, args: tuple[Any, ...], output: Any) -> None:
             f"has {processor}), so the concepts would be lost there; call enable_perfusion() to wrap them again, or "
             "unload_perfusion() to do without concepts"
         )
+
+
+def _layer_at(model: Any, name: str) -> Any:
+    """Return the module that a model has by a name now; None for none."""
+    try:
+        return uncompiled(model.get_submodule(name))
+    except AttributeError:
+        return None

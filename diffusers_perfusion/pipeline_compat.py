@@ -3,7 +3,7 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from inspect import signature
@@ -152,10 +152,14 @@ def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., An
             if "prompt" in name:
                 given.arguments[name] = _with_exact_tokens(value, registry.placeholder_tokens)
                 _warn_of_missing_brackets(given.arguments[name], registry.placeholder_tokens)
+        prompts = [value for name, value in given.arguments.items() if re.fullmatch(r"prompt(_\d)?", name)]
+        held = any(_held_by(prompt, token) for prompt in prompts for token in registry.placeholder_tokens)
+        if held and None in text_encoders:
+            family_of(self)  # raises if it is one that has to read the token
         clip_skip, max_length = given.arguments.get("clip_skip"), given.arguments.get("max_sequence_length")
         with registry.encoding(text_encoders, clip_skip, max_length) as found:
             encoded = encode_prompt(*given.args, **given.kwargs)
-        prompts = [value for name, value in given.arguments.items() if re.fullmatch(r"prompt(_\d)?", name)]
+        _leave_negative_prompts_out(found, given.arguments, registry.placeholder_tokens)
         _warn_of_lost_tokens(prompts, found, registry.placeholder_tokens)
         return encoded
 
@@ -182,14 +186,35 @@ def _warn_of_lost_tokens(prompts: Sequence[Any], found: Sequence[Counter[str]], 
         found: for each text encoder, in how many rows each token was found.
         tokens: of all concepts.
     """
-    batches = [[prompt] if isinstance(prompt, str) else prompt or () for prompt in prompts]
     for token in tokens:
-        wanted = max((sum(bool(re.search(_pattern([token]), text)) for text in batch) for batch in batches), default=0)
+        wanted = max((_held_by(prompt, token) for prompt in prompts), default=0)
         if wanted > max((counter[token] for counter in found), default=0):
             logger.warning(
                 f"{token} falls off the end of a prompt, of which the text encoder reads only the beginning, so the "
                 "concept is not applied there; expected it earlier."
             )
+
+
+def _leave_negative_prompts_out(
+    found: Sequence[Counter[str]], arguments: Mapping[str, Any], tokens: Sequence[str]
+) -> None:
+    """Subtract the rows of negative prompts, which were encoded with the others, from the rows that hold each token.
+
+    Where a negative prompt has lost its token, too few are left for the others.
+    """
+    if not arguments.get("do_classifier_free_guidance", True):
+        return
+    prompt, negative = arguments.get("prompt"), arguments.get("negative_prompt")
+    times = len(prompt) if isinstance(negative, str) and isinstance(prompt, (list, tuple)) else 1
+    for token in tokens:
+        for counter in found:
+            counter[token] -= times * _held_by(negative, token)
+
+
+def _held_by(prompt: Any, token: str) -> int:
+    """Return how many texts of a prompt, or of several, or of None, hold a token."""
+    texts = [prompt] if isinstance(prompt, str) else prompt or ()
+    return sum(bool(re.search(_pattern([token]), text)) for text in texts)
 
 
 def _warn_of_missing_brackets(prompt: Any, tokens: Sequence[str]) -> None:

@@ -49,8 +49,9 @@ class SuperclassPrompt(NamedTuple):
     """A prompt with the super-class in place of each placeholder token.
 
     Attributes:
-        input_ids: as many as the prompt has; what does not fit any more is cut before the last one, but a super-class
-            keeps its last token. Or all of them, in families that follow the length of a prompt.
+        input_ids: as many as the prompt has; what does not fit any more is padding, and then what is before the token
+            that ends it, but a super-class keeps its last one. Or all of them, in families that follow the length of
+            a prompt.
         places: the position in it that belongs to each position of the prompt. A placeholder token belongs to its
             super-class's last token, because attention takes a key and its value from the same position.
         longer: by how many tokens it would be longer than the prompt.
@@ -69,12 +70,14 @@ class _Vocabulary(NamedTuple):
         tokens: the placeholder token of each id that they add.
         bare: those of the ids that stand for a token without a space before it.
         added: all tokens that they add.
+        end: the id that the tokenizer ends every prompt with; none if it does not.
     """
 
     attributes: dict[str, Any]
     tokens: dict[int, str]
     bare: set[int]
     added: set[str]
+    end: list[int]
 
 
 class PlaceholderTokens:
@@ -346,6 +349,7 @@ class PlaceholderTokens:
             {token_id: texts[text] for token_id, text in ids.items()},
             {token_id for token_id, text in ids.items() if f" {text}" in texts},
             set(extended.get_added_vocab()),
+            [token_id for token_id in self.tokenizer("").input_ids[-1:] if token_id == self.tokenizer.eos_token_id],
         )
 
     @property
@@ -406,19 +410,24 @@ class PlaceholderTokens:
 
     def superclass_prompt(self, input_ids: Sequence[int]) -> SuperclassPrompt:
         """Return the token ids of a prompt with the super-class in place of each placeholder token."""
-        tokens = {} if self._current is None else self._current.tokens
+        vocabulary: Any = self._current
+        cut = not self.family.follows_length
+        end, pad, length = vocabulary.end, self.tokenizer.pad_token_id, len(input_ids)
+        room, padding = length - len(end), 0
+        if [pad] != end:
+            padding = length - max((n for n, token_id in enumerate(input_ids, 1) if token_id != pad), default=0)
         prompt: list[int] = []
         index = []
-        cut = not self.family.follows_length
-        last = len(input_ids) - 1
         for token_id in input_ids:
-            superclass = self._superclass_ids(token_id) if token_id in tokens else None
+            superclass = self._superclass_ids(token_id) if token_id in vocabulary.tokens else None
             prompt += superclass or [token_id]
-            if superclass and cut and len(prompt) > last:  # the word that says what it is stays
-                prompt[last - 1 :] = superclass[-1:]
-            index.append((min(len(prompt), len(input_ids)) if cut else len(prompt)) - 1)
-        ids = [*prompt[:last], input_ids[-1]] if cut else prompt
-        return SuperclassPrompt(ids, index, len(prompt) - len(input_ids))
+            if superclass and cut and len(prompt) > room:  # the word that says what it is stays
+                prompt[room - 1 :] = superclass[-1:]
+            index.append((min(len(prompt), length) if cut else len(prompt)) - 1)
+        longer = len(prompt) - length
+        if cut:
+            prompt = prompt[:length] if longer < padding else [*prompt[:room], *end]
+        return SuperclassPrompt(prompt, index, longer)
 
     def _superclass_ids(self, token_id: int) -> list[int]:
         """Return the token ids of the super-class in place of a placeholder token, by the token's id."""

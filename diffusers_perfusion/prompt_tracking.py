@@ -22,9 +22,10 @@ from .model_families.base import embedding_table
 from .placeholder_tokens import PlaceholderTokens, SuperclassPrompt
 
 # How many prompts are remembered, of a few hundred bytes each, and for how many the super-class prompt's hidden
-# states.
+# states, as long as these are no more bytes: T5-XXL has 4 MB of them for a prompt in half precision, CLIP 0.2 MB.
 MAX_PROMPTS = 10_000
 MAX_SUPERCLASS_PROMPTS = 100
+MAX_SUPERCLASS_BYTES = 2**27
 
 # A row may be rounded to one of these on its way to the model, and then to another.
 _ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = (
@@ -168,9 +169,11 @@ class PromptTracker:
             if replaced:
                 superclass_kept = self.family.kept_positions(len(superclass.input_ids), max_length)
                 places = {position: place for place, position in enumerate(superclass_kept)}
+                # At the end of a long prompt one may have taken the place of another that was before it.
+                in_order = sorted((at, token) for token, positions in positions_of.items() for at in positions)
+                last = {superclass.places[position]: token for position, token in in_order}
                 positions_of = {
-                    token: tuple(superclass.places[position] for position in positions)
-                    for token, positions in positions_of.items()
+                    token: tuple(place for place, other in last.items() if other == token) for token in positions_of
                 }
             found = {
                 token: tuple(places[position] for position in positions if position in places)
@@ -244,8 +247,11 @@ class PromptTracker:
             if found.ndim > 1:
                 found = found[list(prompt.kept)]
             self._superclass_prompts[prompt] = found.cpu()
-        while len(self._superclass_prompts) > MAX_SUPERCLASS_PROMPTS:
-            del self._superclass_prompts[next(iter(self._superclass_prompts))]
+        size = sum(kept.nbytes for kept in self._superclass_prompts.values())
+        for oldest in [prompt for prompt in self._superclass_prompts if prompt not in prompts]:
+            if len(self._superclass_prompts) <= MAX_SUPERCLASS_PROMPTS and size <= MAX_SUPERCLASS_BYTES:
+                break
+            size -= self._superclass_prompts.pop(oldest).nbytes
 
 
 def _digest(row: Tensor) -> bytes:

@@ -33,6 +33,11 @@ Locking = Literal["local", "global"]
 # How many batches' edits a thread keeps.
 _RECENT = 4
 
+_GONE = (
+    "the super-class prompts of some prompt embeddings are not kept any more, and their text encoder is gone, so the "
+    "model cannot get them; encode the prompts again, fewer of them before they are used, or keep the text encoder"
+)
+
 # How many freed pipelines' prompts are still recognised.
 _KEPT_GONE = 4
 
@@ -108,6 +113,8 @@ class ConceptRegistry:
         # Layers whose processor is somebody else's, which may call ours; and those of them that have.
         self.watched: frozenset[str] = frozenset()
         self.called: set[str] = set()
+        # The last of those processors of each layer that has called ours.
+        self.trusted: dict[str, Any] = {}
         self._given_rows = RowMemory()
         self._warned: dict[tuple[int, str], weakref.ref[Tensor]] = {}
         # Each thread has the edit of the batch that it calls the model with. A backward pass may compute layers again
@@ -465,7 +472,7 @@ class ConceptRegistry:
             rows: those with concepts, by number. The others stay as they are.
 
         Raises:
-            ValueError: if one is not known and keys are locked globally.
+            ValueError: if one is not known and keys are locked globally, or the model gets it at whatever gate.
         """
         known = {
             number: found
@@ -478,7 +485,10 @@ class ConceptRegistry:
                 "prompt embeddings: they were weighted or mixed, or their text encoder is gone; lock the keys with "
                 "set_perfusion(locking='local')"
             )
-        if any(row is not None and row.parts and number not in known for number, row in rows.items()):
+        gone = [row for number, row in rows.items() if row is not None and row.parts and number not in known]
+        if any(row.is_superclass_prompt for row in gone):
+            raise ValueError(_GONE)
+        if gone:
             self._warn(
                 hidden_states,
                 "The super-class prompts of some prompt embeddings are not kept any more, and their text encoder is "
@@ -497,7 +507,7 @@ class ConceptRegistry:
     def _faded_pooled(self, pooled: Tensor, gate: Tensor) -> Tensor:
         """Return pooled vectors `(batch, d_pooled)` between those of the prompts and of their super-class prompts.
 
-        Those of prompts that nobody knows stay as they are.
+        Those of prompts that nobody knows stay as they are. Raises ValueError as `_superclass_prompt`.
 
         Args:
             pooled: of all rows, as the model gets them.
@@ -506,7 +516,12 @@ class ConceptRegistry:
         faded = pooled.clone()
         for number, (vector, highest) in enumerate(zip(pooled, gate.amax((-2, -1)), strict=True)):
             row = self._recognise(vector)
-            if row is not None and row.tokens and (found := row.superclass_row(vector)) is not None:
+            if row is None or not row.tokens:
+                continue
+            found = row.superclass_row(vector)
+            if found is None and row.is_superclass_prompt:
+                raise ValueError(_GONE)
+            if found is not None:
                 g = 0 if row.is_superclass_prompt else highest
                 faded[number] = found + g * (vector.float() - found.float())
         return faded

@@ -343,14 +343,29 @@ def test_superclass_prompts_are_encoded_with_their_prompts_and_again_when_they_w
     tokens.text_encoder.register_forward_hook(lambda module, args, output: passes.append(len(output[0])))
     rows = encode(tokens, "a <cat>", "a cat", "<cat> on the beach", "<cat> on the beach", "a dog")
     assert passes == [2, 5]  # the two that differ, before the forward pass of the prompts has returned
-    assert superclass_row(tracker, rows[2]) is superclass_row(tracker, rows[2])
-    assert len(passes) == 2
+    assert all(superclass_row(tracker, rows[number]) is not None for number in (0, 2, 3))
+    assert len(passes) == 2  # those of one call are all kept
+    encode(tokens, "the <cat>")
+    assert passes == [2, 5, 1, 1]
     first = superclass_row(tracker, rows[0])
-    assert passes == [2, 5, 1]
+    assert passes == [2, 5, 1, 1, 1]
     assert superclass_row(tracker, rows[0]) is first
     encode(tokens, "a dog", "a cat")
-    assert passes == [2, 5, 1, 2]
+    assert passes == [2, 5, 1, 1, 1, 2]
     assert torch.equal(first, rows[1])
+
+
+def test_the_bytes_of_superclass_prompts_are_bounded(tokens, tracker, add, monkeypatch):
+    add(cat="cat")
+    row = encode(tokens, "a cat")[0]
+    monkeypatch.setattr("diffusers_perfusion.prompt_tracking.MAX_SUPERCLASS_BYTES", 3 * row.nbytes)
+    for number in range(5):
+        encode(tokens, f"a photo of {number} <cat>")
+        assert len(tracker._superclass_prompts) == min(number + 1, 3)
+    many = encode(tokens, *(f"a photo of {number} <cat>" for number in range(4)))
+    kept = list(tracker._superclass_prompts.values())
+    assert len(kept) == 4  # those of one call
+    assert all(superclass_row(tracker, one) is other for one, other in zip(many, kept, strict=True))
 
 
 def test_no_superclass_prompt_is_known_where_only_the_user_knows_the_tokens(tracker):

@@ -450,7 +450,7 @@ def test_hidden_states_do_not_fade_where_nobody_knows_the_prompt(registry, load,
 def test_a_superclass_prompt_that_is_gone_is_warned_of(registry, load, encode, monkeypatch, warnings):
     monkeypatch.setattr("diffusers_perfusion.prompt_tracking.MAX_SUPERCLASS_PROMPTS", 1)
     load("my-cat")
-    first, other = encode("a <my-cat>", "on the <my-cat>").split(1)
+    first, other = encode("a <my-cat>"), encode("on the <my-cat>")
     for tracker in registry._connections[0].trackers:
         monkeypatch.setattr(tracker, "_tokens", lambda: None)  # as where the text encoder was freed
     registry.prepare(other)

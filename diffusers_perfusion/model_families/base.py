@@ -100,7 +100,8 @@ class ModelFamily:
         for component in (component for pair in self.text_components for component in pair):
             if getattr(pipeline, component) is None:
                 raise ValueError(
-                    f"{type(pipeline).__name__} has no {component}; Perfusion needs it to learn placeholder tokens"
+                    f"{type(pipeline).__name__} has no {component}, which Perfusion needs for placeholder tokens; "
+                    "give it one, or, after loading, prompt embeddings that it has encoded before"
                 )
         self.tokenizers = tuple(getattr(pipeline, tokenizer) for tokenizer, _ in self.text_components)
         self.text_encoders = tuple(

@@ -79,7 +79,7 @@ def test_pipelines_that_cannot_take_a_concept(components, xl_components):
         family_of(StableDiffusionPipeline(**blind))
     pipe = StableDiffusionXLPipeline(**xl_components)
     pipe.text_encoder_2 = None
-    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline has no text_encoder_2; Perfusion needs it"):
+    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline has no text_encoder_2, which Perfusion needs"):
         family_of(pipe)
     pipe.unet = None
     with pytest.raises(
