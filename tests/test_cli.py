@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_pixart
-from diffusers import PixArtSigmaPipeline, StableDiffusionXLPipeline
+from conftest import make_pixart, random_concept
+from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from diffusers_perfusion import PerfusionConcept
@@ -210,6 +210,23 @@ def test_the_home_folder_in_a_flag_is_that_of_the_user(generate, tmp_path, monke
 def test_a_long_prompt_in_any_script_names_an_image(generate):
     (name,) = generate(prompts=("<my-cat> " + "猫" * 200,))
     assert name.startswith("00-my-cat-猫") and len(name.encode()) < 100
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 3.5), (["--guidance_scale", "2"], 2.0)])
+def test_the_guidance_of_joint_attention_is_the_pipeline_s_own(flux_pipeline, tmp_path, monkeypatch, flags, expected):
+    flux_pipeline.save_pretrained(tmp_path / "flux")
+    path = random_concept(flux_pipeline).save(tmp_path / "cat.safetensors")
+    seen, prepare_latents = [], FluxPipeline.prepare_latents
+
+    def see(self, *args):
+        seen.append(self.guidance_scale)
+        return prepare_latents(self, *args)
+
+    monkeypatch.setattr(FluxPipeline, "prepare_latents", see)
+    command = ["generate", "--pretrained_model_name_or_path", str(tmp_path / "flux"), "--num_inference_steps", "1"]
+    command += ["--concept", str(path), "--prompt", "a <my-cat>", "--output_dir", str(tmp_path / "images")]
+    assert main([*command, *flags]) == 0
+    assert seen == [expected]
 
 
 def test_settings_of_generate_change_the_image(generate):

@@ -41,7 +41,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--num_images_per_prompt", type=int, default=1, help="Images per prompt. Default: 1.")
     images.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps. Default: 50.")
     images.add_argument(
-        "--guidance_scale", type=float, default=6.0, help="Scale of classifier-free guidance. Default: 6.0."
+        "--guidance_scale",
+        type=float,
+        help="Scale of classifier-free guidance. Default: 6.0, or in models with joint attention their pipeline's.",
     )
     images.add_argument("--seed", type=int, default=0, help="Seed of each prompt. Default: 0.")
     images.add_argument(
@@ -62,14 +64,15 @@ def generate(
     seed: int,
     output_dir: Path,
     negative_prompt: str | None,
+    guidance_scale: float | None,
     **options: Any,
 ) -> None:
     """Generate prompts with concepts, and write a PNG for each image."""
     for name in ("num_inference_steps", "num_images_per_prompt"):
         if options[name] < 1:
             raise ValueError(f"{name} is {options[name]}; expected at least 1")
-    if not math.isfinite(options["guidance_scale"]):
-        raise ValueError(f"guidance_scale is {options['guidance_scale']}; expected a finite number")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed is {seed}; expected 0 to {MAX_SEED}")
     check_writable(output_dir)
@@ -81,6 +84,7 @@ def generate(
 
     from ..concept import PerfusionConcept
     from ..hub import find_concept_file
+    from ..model_families import family_of
 
     concepts = [PerfusionConcept.load(find_concept_file(source)) for source in concept]
     _number_tokens(concepts, concept)
@@ -95,6 +99,7 @@ def generate(
     pipeline.set_perfusion(bias=bias, temperature=temperature, locking=locking)
     place(pipeline, device)
     output_dir.mkdir(parents=True, exist_ok=True)
+    options |= family_of(pipeline).guidance(guidance_scale)
     if negative_prompt is not None:  # not all pipelines take None
         options["negative_prompt"] = negative_prompt
     paths = []

@@ -46,7 +46,9 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--locking", choices=("local", "global"), default="local", help="How keys are locked.")
     images.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps. Default: 50.")
     images.add_argument(
-        "--guidance_scale", type=float, default=6.0, help="Scale of classifier-free guidance. Default: 6.0."
+        "--guidance_scale",
+        type=float,
+        help="Scale of classifier-free guidance. Default: 6.0, or in models with joint attention their pipeline's.",
     )
     images.add_argument("--batch_size", type=int, default=4, help="Images in a batch, per process. Default: 4.")
     images.add_argument(

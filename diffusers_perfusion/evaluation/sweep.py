@@ -21,7 +21,7 @@ from ..concept_file import HEADER_KEY, ConceptHeader, check_bias, check_temperat
 from ..files import slug, to_png, write_atomically
 from ..image_files import read_image
 from ..loaders import add_perfusion
-from ..model_families import edited_model
+from ..model_families import edited_model, family_of
 from ..registry import Locking
 from .contact_sheet import make_contact_sheet
 from .metrics import ConceptMetrics, Mean, Scores, bootstrap_mean, mean_scores, superclass_prompt
@@ -217,7 +217,7 @@ def sweep(
     temperatures: Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1),
     num_inference_steps: int = 50,
-    guidance_scale: float = 6.0,
+    guidance_scale: float | None = None,
     locking: Locking = "local",
     batch_size: int = 4,
     accelerator: Any = None,
@@ -243,7 +243,7 @@ def sweep(
         temperatures: `τ`; by default the concept's own.
         seeds: of the noise; each gives an image of each prompt, which does not depend on the rest of its batch.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance, the paper's 6.
+        guidance_scale: of classifier-free guidance; by default the paper's 6, or in joint attention the pipeline's.
         locking: how keys are locked, as in `set_perfusion`.
         batch_size: images in a batch, per process.
         accelerator: its processes share the work; by default those that accelerate has launched.
@@ -277,7 +277,7 @@ def sweep(
     for name, value in {"num_inference_steps": num_inference_steps, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
-    if not math.isfinite(guidance_scale):
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number")
     for prompt in prompts:
         if token not in prompt:
@@ -286,7 +286,8 @@ def sweep(
         raise ValueError("the pipeline has concepts loaded; call unload_perfusion() before a sweep")
 
     folder = Path(output_dir)
-    denoising = {"num_inference_steps": num_inference_steps, "guidance_scale": float(guidance_scale)}
+    denoising: dict[str, Any] = {"num_inference_steps": num_inference_steps}
+    denoising |= family_of(pipeline).guidance(guidance_scale)
     settings = {
         "base_model": _name(pipeline),
         **{_sha256_name(checkpoint): fingerprint(one) for checkpoint, one in concepts.items()},

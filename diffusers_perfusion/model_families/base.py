@@ -280,6 +280,12 @@ class ModelFamily:
             hidden_states = functional_call(_WithoutHooks(module), weights, (hidden_states,))
         return hidden_states
 
+    # Images
+
+    def guidance(self, scale: float | None) -> dict[str, float]:
+        """Return the arguments of a pipeline's call for a guidance scale; None for the paper's, 6."""
+        return {"guidance_scale": 6.0 if scale is None else float(scale)}
+
     # Training
 
     def initial_outputs(self, inputs: Tensor) -> dict[str, Tensor]:

@@ -66,6 +66,13 @@ class JointFamily(ModelFamily):
         """`d`, the same."""
         return self.model_width
 
+    def guidance(self, scale: float | None) -> dict[str, float]:
+        """Return the arguments of a pipeline's call for a guidance scale; None for the pipeline's own.
+
+        That depends on the model: to one that is distilled from guidance it is a number that it gets, and not a scale.
+        """
+        return {} if scale is None else {"guidance_scale": float(scale)}
+
     def initial_outputs(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return zeros, which change no value."""
         return {name: torch.zeros(width).to(inputs.device) for name, (_, width) in self.layer_widths.items()}

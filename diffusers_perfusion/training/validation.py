@@ -10,12 +10,11 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..files import to_png, write_atomically
-from ..model_families import edited_model
+from ..model_families import edited_model, family_of
 from ..registry import registry_of
 from .config import TrainingConfig
 
 INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 6.0  # the paper's
 IMAGES_FOLDER = "validation"  # in the output folder
 
 
@@ -44,7 +43,7 @@ def generate(
             images = pipeline(
                 prompt,
                 num_inference_steps=INFERENCE_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
+                **family_of(pipeline).guidance(None),
                 num_images_per_prompt=num_images,
                 generator=torch.Generator(accelerator.device).manual_seed(seed),
             ).images

@@ -3,6 +3,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from conftest import random_concept
 from PIL import Image
 
 from diffusers_perfusion.training import TrainingConfig, validation
@@ -83,6 +84,24 @@ def test_a_sheet_with_a_row_for_each_prompt(run, pipeline, config):
             assert np.array_equal(sheet[16 * row : 16 * row + 16], np.concatenate([*map(np.asarray, images)], 1))
     assert not np.array_equal(sheet[:16, :16], sheet[:16, 16:32])
     assert np.array_equal(np.asarray(Image.open(run())), sheet)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("pipeline", 6.0), ("flux_pipeline", 3.5), ("chroma_pipeline", 5.0)])
+def test_the_guidance_is_the_paper_s_or_in_joint_attention_the_pipeline_s_own(request, config, name, expected):
+    pipe, seen = request.getfixturevalue(name), []
+    pipe.load_perfusion(random_concept(pipe), concept_name="concept")
+
+    def see(pipe, step, timestep, tensors):
+        seen.append(pipe.guidance_scale)
+        return tensors
+
+    call = type(pipe).__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(pipe), "__call__", lambda self, *args, **kwargs: call(self, *args, callback_on_step_end=see, **kwargs)
+        )
+        validate(pipe, "concept", config, Accelerator(), 50)
+    assert set(seen) == {expected}
 
 
 def test_a_full_disk_leaves_the_earlier_sheet(run, config, full_disk):
