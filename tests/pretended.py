@@ -164,13 +164,28 @@ def wait(what):
     waits.append(f"{frames[-1].filename}:{frames[-1].lineno}: {what}")
 
 
+def bytes_there(trainer):
+    """Of the weights of a training's model and its text encoders, those that are on the pretended accelerator."""
+    models = {"model": [trainer.model], "text_encoders": trainer.family.text_encoders}
+    return {
+        name: sum(weight.nbytes for part in parts for weight in part.parameters() if weight.device == DEVICE)
+        for name, parts in models.items()
+    }
+
+
 def run(report, *argv):
     """The command line on the pretended accelerator; its exit status."""
-    steps, step = [], PerfusionTrainer.step
+    steps, step, encode = [], PerfusionTrainer.step, PerfusionTrainer._encode_superclass_prompts
+    held = {}
+
+    def encoding(self, prompt_ids):
+        held["encoding"] = bytes_there(self)
+        return encode(self, prompt_ids)
 
     def watched(self, index):
         if index == 0:
             waits.clear()
+            held["step"] = bytes_there(self)
         loss = step(self, index)
         steps.append(list(waits))  # with what was waited for since the step before
         waits.clear()
@@ -178,13 +193,14 @@ def run(report, *argv):
 
     with (
         patch.object(PerfusionTrainer, "step", watched),
+        patch.object(PerfusionTrainer, "_encode_superclass_prompts", encoding),
         patch.object(Accelerator, "device", DEVICE),
         patch.object(torch, "Generator", Generator),
         Computing(),
         Calling(),
     ):
         status = main(argv)
-    Path(report).write_text(json.dumps({"steps": steps, "tensors": counts["tensors"]}))
+    Path(report).write_text(json.dumps({"steps": steps, "tensors": counts["tensors"], "held": held}))
     return status
 
 

@@ -34,7 +34,7 @@ def accelerated(environment, tmp_path):
         assert done.returncode == 0, done.stderr
         found = json.loads(report.read_text())
         assert found["tensors"] > 100
-        return found["steps"]
+        return found
 
     return run
 
@@ -54,7 +54,7 @@ def test_training_waits_for_nothing_and_gives_the_same_concept(
 ):
     request.getfixturevalue(family).save_pretrained(tmp_path / "model")
     settings = training_settings | {"pretrained_model_name_or_path": tmp_path / "model", "mask": "attention"} | changed
-    first, *others = accelerated("train", *flags(settings | {"output_dir": tmp_path / "there"}))
+    first, *others = accelerated("train", *flags(settings | {"output_dir": tmp_path / "there"}))["steps"]
     assert first  # its gradients are looked at
     theirs = str(Path(transformers.__file__).parent)
     assert [[wait for wait in waits if not wait.startswith(theirs)] for waits in others] == [[]] * 3
@@ -63,6 +63,17 @@ def test_training_waits_for_nothing_and_gives_the_same_concept(
     assert torch.equal(here.superclass_input, there.superclass_input)
     for layer, output in here.target_outputs.items():
         assert torch.equal(output, there.target_outputs[layer])
+
+
+def test_text_encoders_and_the_model_are_not_there_together_where_values_are_trained(
+    flux_pipeline, accelerated, training_settings, tmp_path
+):
+    flux_pipeline.save_pretrained(tmp_path / "model")
+    settings = {"pretrained_model_name_or_path": tmp_path / "model", "resolution": 16, "embedding_learning_rate": 0.0}
+    held = accelerated("train", *flags(training_settings | settings))["held"]
+    size = sum(weight.nbytes for weight in flux_pipeline.transformer.parameters())
+    assert held["encoding"]["model"] == 0 < held["encoding"]["text_encoders"]
+    assert held["step"] == {"model": size, "text_encoders": 0}
 
 
 def test_images_equal_those_of_the_cpu(accelerated, model_folder, pipeline, tmp_path):

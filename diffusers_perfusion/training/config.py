@@ -130,7 +130,7 @@ class TrainingConfig:
     embedding_learning_rate: float = _option(
         "training",
         "Learning rate of the token embedding. With 0, a model with joint attention is trained without one, and its "
-        "text encoders leave the device.",
+        "text encoders leave the device; other models keep theirs there, and the embedding as it begins.",
         0.006,
     )
     value_learning_rate: float = _option("training", "Learning rate of the target outputs.", 0.03)

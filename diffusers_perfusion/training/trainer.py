@@ -55,7 +55,8 @@ class PerfusionTrainer:
     once. So a training can be resumed at any step, and two processes train as one with twice the batch size.
 
     Args:
-        pipeline: of the base model, frozen and on the accelerator's device; the concept is loaded into it.
+        pipeline: of the base model, frozen and on the accelerator's device, but for the model itself if it has joint
+            attention; the concept is loaded into it.
         config: settings.
         accelerator: an `Accelerator`, or a `SingleProcess` for a training that other processes do not take part in.
         data: latents and masks to train on.
@@ -118,6 +119,7 @@ class PerfusionTrainer:
         self._checked = False
         if self._values_alone:
             self._move_text_encoders("cpu")
+        self.model.to(accelerator.device)  # now, or the two might not fit there together
 
     @property
     def _registry(self) -> Any:

@@ -57,7 +57,8 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
     """Train a concept on a folder of images, write `perfusion.safetensors` into the output folder, and return it.
 
     The pipeline's models are frozen, moved to the accelerator's device and cast to float32, or under mixed precision
-    the UNet or transformer to half precision. Afterwards the pipeline has no concept loaded.
+    the UNet or transformer to half precision. Afterwards the pipeline has no concept loaded, and in families with
+    joint attention its text encoders are where they were before.
 
     Args:
         pipeline: of the base model, such as a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
@@ -88,6 +89,11 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
     resolution = config.resolution or family.default_resolution
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}; the base model takes multiples of {factor}")
+    if not (family.joint or config.embedding_learning_rate):
+        logger.warning(
+            f"embedding_learning_rate is 0: the token embedding stays as it begins, and as {family.name} has no joint "
+            "attention its text encoders are needed at every step, so this saves no memory."
+        )
     # Raises if this model has no such loss.
     snr_weights(noise_schedule(pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
     if accelerator.is_main_process:
@@ -127,11 +133,14 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
             name = config.hub_model_id or Path(config.output_dir).resolve().name
             repo_id = create_repository(name, private=config.hub_private, token=config.hub_token)
 
-        # Rounded as it is trained on, so that masks do not depend on whether an earlier training has rounded it.
-        _move(model, accelerator.device, precision)
-        for part in (pipeline.vae, *family.text_encoders, model):
+        # Rounded as it is trained on, so that masks do not depend on whether an earlier training has rounded it. A
+        # model that makes no masks comes to the device in the trainer, when text encoders may have left it.
+        _move(model, model.device if family.joint else accelerator.device, precision)
+        homes = [text_encoder.device for text_encoder in family.text_encoders]
+        for part in (pipeline.vae, *family.text_encoders, *(() if family.joint else (model,))):
             # Text encoders stay in float32 under mixed precision, because the metric depends on the last digits.
             _move(part, accelerator.device, torch.float32)
+        for part in (pipeline.vae, *family.text_encoders, model):
             part.requires_grad_(False).eval()
         if mask_source == "attention":
             masks, _ = subject_masks(
@@ -143,7 +152,7 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         c_inv = None
         if not family.joint:  # whose layers have no inputs of their own to compare
             c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
-        _move(model, accelerator.device, precision)
+            _move(model, accelerator.device, precision)
         had_checkpointing = model.is_gradient_checkpointing
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -157,8 +166,9 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
                 concept = _run(trainer, start, checkpoint, recipe, facts)
         finally:
             pipeline.unload_perfusion()
-            for text_encoder in family.text_encoders:
-                _move(text_encoder, accelerator.device, torch.float32)
+            for text_encoder, home in zip(family.text_encoders, homes, strict=True):
+                # Where joint attention is trained there may be no room for them beside the model.
+                text_encoder.to(home if family.joint else accelerator.device)
             if not had_checkpointing:
                 model.disable_gradient_checkpointing()
         if repo_id is not None:
@@ -177,15 +187,25 @@ def _own_prompt(image: TrainingImage, config: TrainingConfig) -> str | None:
 
 
 def _check_length(family: ModelFamily, image: TrainingImage, prompt: str, config: TrainingConfig) -> None:
+    """Raise ValueError if the token falls off the end of a prompt, or log a warning if other words do."""
+    ids = family.tokenize([prompt])
     try:
-        token_positions(family, config.placeholder_token, family.tokenize([prompt]))
+        token_positions(family, config.placeholder_token, ids)
     except ValueError as error:
         raise ValueError(f"{image.path}: {error}") from error
+    number = family.position_encoder
+    if torch.equal(ids[number], family.tokenize([prompt.rstrip()[:-1]])[number]):
+        logger.warning(
+            f"{image.path}: the caption is longer than the {ids[number].shape[1]} tokens that the text encoder reads, "
+            "so the image is not trained with the words at its end."
+        )
 
 
 def _share(pipeline: Any, config: TrainingConfig, accelerator: Any, repo_id: str) -> None:
     """Push the concept file with images generated from it, so that others generate the same."""
     path = Path(config.output_dir) / WEIGHT_NAME
+    for text_encoder in family_of(pipeline).text_encoders:
+        text_encoder.to(accelerator.device)
     pipeline.load_perfusion(path, CONCEPT_NAME)
     try:
         rows = generate(

@@ -213,6 +213,29 @@ def test_text_encoders_leave_the_device_while_values_are_trained(flux_pipeline, 
     assert calls and devices == ["cpu", *validation, *validation]
 
 
+@pytest.mark.parametrize("name", ["pipeline", "flux_pipeline"])
+def test_a_caption_that_is_not_read_to_its_end_is_named(
+    request, name, values_alone, images_folder, caplog, monkeypatch
+):
+    pipe = request.getfixturevalue(name)
+    monkeypatch.setattr(Flux, "max_sequence_length", LENGTH)
+    (images_folder / "1.txt").write_text("a teddy bear" + " a" * (LENGTH - 5))  # one to spare for CLIP's first token
+    (images_folder / "2.txt").write_text("a teddy bear" + " a" * LENGTH)
+    train(pipe, TrainingConfig(**values_alone | {"max_train_steps": 1}))
+    assert caplog.text.count("the caption is longer than") == 1
+    assert f"2.png: the caption is longer than the {LENGTH} tokens that the text encoder reads" in caplog.text
+
+
+def test_a_learning_rate_of_zero_that_saves_no_memory_is_told(pipeline, values_alone, caplog):
+    train(pipeline, TrainingConfig(**values_alone | {"max_train_steps": 1}))
+    assert "as Stable Diffusion has no joint attention its text encoders are needed at every step" in caplog.text
+
+
+def test_no_such_thing_is_told_of_joint_attention(flux_pipeline, values_alone, caplog):
+    train(flux_pipeline, TrainingConfig(**values_alone | {"max_train_steps": 1}))
+    assert "saves no memory" not in caplog.text
+
+
 def test_captions_of_values_alone_are_those_of_the_superclass(flux_pipeline, values_alone, images_folder, monkeypatch):
     for number in (1, 2, 3):
         (images_folder / f"{number}.txt").write_text("a teddy bear on the beach")
