@@ -2,6 +2,7 @@
 
 import json
 
+import counted_memory
 import inference
 import load
 import memory
@@ -62,6 +63,24 @@ def test_training_memory(tmp_path, monkeypatch, fresh_accelerate, capsys):
     assert {row["peak_bytes"] for row in rows} == {2}
     assert rows[0]["model_bytes"] > rows[2]["model_bytes"]  # the UNet in half precision
     assert "| bf16 | True | 2 |" in capsys.readouterr().out
+
+
+def test_counted_memory(tmp_path, monkeypatch, capsys):
+    for name, value in {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2}.items():
+        monkeypatch.setitem(counted_memory.KLEIN, name, value)
+    monkeypatch.setitem(counted_memory.QWEN, "num_hidden_layers", 1)
+    counted_memory.main(["--model", "FLUX.2-klein-4B", "--output", str(tmp_path / "out.json")])
+    data = json.loads((tmp_path / "out.json").read_text())
+    ours, lora = data["rows"]
+    assert data["counted"] and ours["trained_numbers"] == 3 * 256
+    assert ours["weights"] == lora["weights"] and ours["text_encoders"] == 0
+    assert ours["optimizer"] == 2 * ours["gradients"] == 2 * ours["trained"] < lora["optimizer"]
+    for row in (ours, lora):
+        # At least what attention saves of each layer: queries, keys, values and outputs in half precision.
+        assert row["activations"] > 3 * 4 * 2 * 256 * (4096 + 512)
+        assert row["activations_checkpointed"] < row["activations"]
+    table = capsys.readouterr().out
+    assert table.startswith("counted, not measured") and "| FLUX.2-klein-4B | LoRA, rank 4 |" in table
 
 
 def test_turns_alternate_and_ratios_are_of_the_same_turn(monkeypatch):
