@@ -3,13 +3,13 @@
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .concept import PerfusionConcept
-from .model_families import ModelFamily
+from .model_families import ModelFamily, TextPart
 from .placeholder_tokens import PlaceholderTokens
 from .prompt_tracking import Prompt, PromptTracker
 
@@ -22,11 +22,13 @@ class Row:
         parts: the prompt of each text encoder's part of the row, None for one without a part; none at all if nobody
             knows the prompts.
         trackers: what remembers these prompts.
+        layout: of the row, as `ModelFamily.layout`.
         given: positions of each placeholder token, where the user or the trainer has said what is in the row.
     """
 
     parts: Sequence[Prompt | None] = ()
     trackers: Sequence[PromptTracker] = ()
+    layout: Sequence[TextPart] = ()
     given: Mapping[str, tuple[int, ...]] | None = None
 
     @property
@@ -44,9 +46,11 @@ class Row:
     def tokens(self) -> Mapping[str, tuple[int, ...]]:
         """Positions of each placeholder token, as given or in the parts of all text encoders that read it."""
         found: dict[str, tuple[int, ...]] = {}
-        for part in self.parts:
+        for part, place in zip(self.parts, self.layout, strict=True):
             for token, positions in () if part is None else part.tokens.items():
-                found[token] = tuple(sorted({*found.get(token, ()), *positions}))
+                found[token] = tuple(
+                    sorted({*found.get(token, ()), *(place.start + position for position in positions)})
+                )
         if self.given is None:
             return found
         if self.is_superclass_prompt:  # whose positions nobody can give
@@ -60,13 +64,12 @@ class Row:
         """
         if not self.trackers:
             return None
-        parts = self.trackers[0].family.split(row, [tracker.width for tracker in self.trackers])
-        for number, (part, prompt, tracker) in enumerate(zip(parts, self.parts, self.trackers, strict=True)):
-            if part is not None and prompt is not None and prompt.tokens:
+        for place, prompt, tracker in zip(self.layout, self.parts, self.trackers, strict=False):
+            if prompt is not None and prompt.tokens:
                 if (found := tracker.superclass_hidden_states(prompt)) is None:
                     return None
-                parts[number] = found.to(part)
-        return torch.cat([part for part in parts if part is not None], -1)
+                row = place.put(row, found)
+        return row
 
 
 class Connection:
@@ -84,6 +87,7 @@ class Connection:
 
     def __init__(self, owner: Hashable, family: ModelFamily):
         self.owner = weakref.ref(owner)
+        self.layout = family.layout
         tokens: list[PlaceholderTokens] = []
         try:
             for tokenizer, text_encoder in zip(family.tokenizers, family.text_encoders, strict=True):
@@ -121,12 +125,13 @@ class Connection:
     def check(self, concept: PerfusionConcept) -> None:
         """Raise ValueError if a text encoder cannot learn the placeholder token of a concept."""
         try:
-            if len(concept.token_embeddings) != len(self.tokens):
+            # A pipeline without an optional text encoder, the last, takes concepts of one that has it.
+            if len(concept.token_embeddings) not in (len(self.tokens), len(self.layout)):
                 raise ValueError(
                     f"{concept.placeholder_token!r} has {len(concept.token_embeddings)} token embeddings, but this "
                     f"pipeline has {len(self.tokens)} text encoders; the concept was trained on another model"
                 )
-            for tokens, embedding in zip(self.tokens, concept.token_embeddings, strict=True):
+            for tokens, embedding in zip(self.tokens, concept.token_embeddings, strict=False):
                 tokens.check(self.owner(), concept.placeholder_token, embedding, concept.superclass)
         except ValueError:
             for tokens in self.tokens:
@@ -136,7 +141,7 @@ class Connection:
     def add(self, concept: PerfusionConcept) -> None:
         """Let the text encoders know the placeholder token of a concept that was checked."""
         token = concept.placeholder_token
-        for tokens, versions, embedding in zip(self.tokens, self._versions, concept.token_embeddings, strict=True):
+        for tokens, versions, embedding in zip(self.tokens, self._versions, concept.token_embeddings, strict=False):
             versions[token] = tokens.add(self.owner(), token, embedding, concept.superclass)
 
     def remove(self, token: str) -> None:
@@ -154,17 +159,17 @@ class Connection:
             tokens: placeholder tokens that the row may hold. A prompt that was encoded before one of them was loaded,
                 although it has the token in its text, is not recognised.
         """
-        parts = self.trackers[0].family.split(row, [tracker.width for tracker in self.trackers])
         found: list[Prompt | None] = []
-        for part, tracker, versions in zip(parts, self.trackers, self._versions, strict=True):
-            if part is None:
-                found.append(None)
-                continue
-            prompt = tracker.memory.find(part)
-            if prompt is None or any(_is_missed(prompt, token, versions) for token in tokens):
+        for place, tracker, versions in zip_longest(self.layout, self.trackers, self._versions):
+            part = place.of(row)
+            prompt = None if part is None or tracker is None else tracker.memory.find(part)
+            # Zeros stand for a text encoder that the pipeline does without.
+            if part is not None and prompt is None and part.any():
+                return None
+            if prompt is not None and any(_is_missed(prompt, token, versions) for token in tokens):
                 return None
             found.append(prompt)
-        return Row(found, self.trackers)
+        return Row(found, self.trackers, self.layout)
 
 
 def _is_missed(prompt: Prompt, token: str, versions: Mapping[str, int]) -> bool:

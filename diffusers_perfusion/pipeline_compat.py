@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from .model_families import FAMILIES, edited_model, family_of
+from .model_families import FAMILIES, edited_model, family_class, family_of
 from .model_families.base import uncompiled
 from .model_hooks import attach, detach
 from .placeholder_tokens import PlaceholderTokens
@@ -35,10 +35,10 @@ REPLACING = (
     "unfuse_qkv_projections",
 )
 
+_TEXT_COMPONENTS = {pair for family in FAMILIES for pair in family.text_components}
+
 # Components that a registry belongs to.
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-KEPT_COMPONENTS = ("unet", "transformer", *TOKENIZERS, *TEXT_ENCODERS)
+KEPT_COMPONENTS = {"unet", "transformer", *(name for pair in _TEXT_COMPONENTS for name in pair)}
 
 _CLEANING = tuple({family.prompt_cleaning for family in FAMILIES if family.prompt_cleaning})
 
@@ -136,14 +136,17 @@ def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., An
     @wraps(encode_prompt)
     def run(self: PipelineCompatMixin, *args: Any, **kwargs: Any) -> Any:
         registry = registry_of(edited_model(self))
-        tokenizers = [getattr(self, name) for name in TOKENIZERS if hasattr(self, name)]
-        text_encoders = [uncompiled(getattr(self, name)) for name in TEXT_ENCODERS if hasattr(self, name)]
         if registry is None or not registry.enabled:
             with ExitStack() as stack:
-                for text_encoder in text_encoders:
+                for _, name in _TEXT_COMPONENTS:
+                    text_encoder = uncompiled(getattr(self, name, None))
                     if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
                         stack.enter_context(tokens.only(None))
                 return encode_prompt(self, *args, **kwargs)
+        family = family_class(self)
+        components = family.components_of(self)
+        tokenizers = [getattr(self, name) for name, _ in components]
+        text_encoders = [uncompiled(getattr(self, name)) for _, name in components]
         if None not in text_encoders and not registry.is_connected(tokenizers, text_encoders):
             registry.connect(family_of(self))
         given = parameters.bind(self, *args, **kwargs)
@@ -152,15 +155,20 @@ def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., An
             if "prompt" in name:
                 given.arguments[name] = _with_exact_tokens(value, registry.placeholder_tokens)
                 _warn_of_missing_brackets(given.arguments[name], registry.placeholder_tokens)
-        prompts = [value for name, value in given.arguments.items() if re.fullmatch(r"prompt(_\d)?", name)]
-        held = any(_held_by(prompt, token) for prompt in prompts for token in registry.placeholder_tokens)
+        prompts = {name: value for name, value in given.arguments.items() if re.fullmatch(r"prompt(_\d)?", name)}
+        held = any(any(_holds(prompt, token)) for prompt in prompts.values() for token in registry.placeholder_tokens)
         if held and None in text_encoders:
             family_of(self)  # raises if it is one that has to read the token
         clip_skip, max_length = given.arguments.get("clip_skip"), given.arguments.get("max_sequence_length")
         with registry.encoding(text_encoders, clip_skip, max_length) as found:
             encoded = encode_prompt(*given.args, **given.kwargs)
-        _leave_negative_prompts_out(found, given.arguments, registry.placeholder_tokens)
-        _warn_of_lost_tokens(prompts, found, registry.placeholder_tokens)
+        read = {
+            "prompt" if number == 1 else f"prompt_{number}": counter
+            for number, ((_, name), counter) in enumerate(zip(components, found, strict=True), start=1)
+            if name not in family.pooled_only
+        }
+        _leave_negative_prompts_out(read, given.arguments, registry.placeholder_tokens)
+        _warn_of_lost_tokens(prompts, read, registry.placeholder_tokens)
         return encoded
 
     return run
@@ -178,17 +186,26 @@ def _with_exact_tokens(prompt: Any, tokens: Sequence[str]) -> Any:
     )
 
 
-def _warn_of_lost_tokens(prompts: Sequence[Any], found: Sequence[Counter[str]], tokens: Sequence[str]) -> None:
-    """Log a warning if fewer rows hold a placeholder token than prompts do.
+def _warn_of_lost_tokens(prompts: Mapping[str, Any], read: Mapping[str, Counter[str]], tokens: Sequence[str]) -> None:
+    """Log a warning if a placeholder token is in a prompt and in none of the hidden states that the model gets for it.
 
     Args:
-        prompts: arguments of a pipeline: a prompt, several, or None.
-        found: for each text encoder, in how many rows each token was found.
+        prompts: by the name of the pipeline's argument: a prompt, several, or None for what `prompt` has.
+        read: for each text encoder whose hidden states the model gets, by the name of its argument, in how many rows
+            each token was found.
         tokens: of all concepts.
     """
     for token in tokens:
-        wanted = max((_held_by(prompt, token) for prompt in prompts), default=0)
-        if wanted > max((counter[token] for counter in found), default=0):
+        held = {name: _holds(prompt, token) for name, prompt in prompts.items() if prompt}
+        seen = {name: held.get(name, held.get("prompt", [])) for name in read}
+        anywhere, somewhere = (sum(map(any, zip(*by_name.values(), strict=False))) for by_name in (held, seen))
+        if anywhere > somewhere:
+            logger.warning(
+                f"{token} is in a prompt of which the model gets no hidden states, so the concept is not applied "
+                f"there; expected it in {' or '.join(read)}."
+            )
+        lost = [sum(rows) > read[name][token] for name, rows in seen.items() if any(rows)]
+        if lost and all(lost):
             logger.warning(
                 f"{token} falls off the end of a prompt, of which the text encoder reads only the beginning, so the "
                 "concept is not applied there; expected it earlier."
@@ -196,25 +213,31 @@ def _warn_of_lost_tokens(prompts: Sequence[Any], found: Sequence[Counter[str]], 
 
 
 def _leave_negative_prompts_out(
-    found: Sequence[Counter[str]], arguments: Mapping[str, Any], tokens: Sequence[str]
+    read: Mapping[str, Counter[str]], arguments: Mapping[str, Any], tokens: Sequence[str]
 ) -> None:
     """Subtract the rows of negative prompts, which were encoded with the others, from the rows that hold each token.
 
     Where a negative prompt has lost its token, too few are left for the others.
+
+    Args:
+        read: as in `_warn_of_lost_tokens`.
+        arguments: of the pipeline.
+        tokens: of all concepts.
     """
     if not arguments.get("do_classifier_free_guidance", True):
         return
-    prompt, negative = arguments.get("prompt"), arguments.get("negative_prompt")
-    times = len(prompt) if isinstance(negative, str) and isinstance(prompt, (list, tuple)) else 1
-    for token in tokens:
-        for counter in found:
-            counter[token] -= times * _held_by(negative, token)
+    prompt = arguments.get("prompt")
+    for name, counter in read.items():
+        negative = arguments.get(f"negative_{name}") or arguments.get("negative_prompt")
+        times = len(prompt) if isinstance(negative, str) and isinstance(prompt, (list, tuple)) else 1
+        for token in tokens:
+            counter[token] -= times * sum(_holds(negative, token))
 
 
-def _held_by(prompt: Any, token: str) -> int:
-    """Return how many texts of a prompt, or of several, or of None, hold a token."""
+def _holds(prompt: Any, token: str) -> list[bool]:
+    """Return whether each text holds a token: of a prompt, of several, or of None."""
     texts = [prompt] if isinstance(prompt, str) else prompt or ()
-    return sum(bool(re.search(_pattern([token]), text)) for text in texts)
+    return [bool(re.search(_pattern([token]), text)) for text in texts]
 
 
 def _warn_of_missing_brackets(prompt: Any, tokens: Sequence[str]) -> None:

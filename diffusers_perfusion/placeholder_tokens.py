@@ -163,11 +163,6 @@ class PlaceholderTokens:
 
     def check(self, owner: Hashable, token: str, embedding: Tensor, superclass: str) -> None:
         """Raise ValueError if an owner cannot have a placeholder token: see `add`."""
-        if token in self._entries.get(owner, {}):
-            raise ValueError(
-                f"{token!r} is the placeholder token of a concept that is loaded already; give this one another with "
-                "placeholder_token="
-            )
         known = {other for entries in self._entries.values() for other in entries}
         if self._ignores_case and (same := [other for other in known - {token} if other.lower() == token.lower()]):
             raise ValueError(
@@ -206,8 +201,8 @@ class PlaceholderTokens:
             The version of the embedding, by which prompts that were encoded with it are told from others.
 
         Raises:
-            ValueError: if the owner has the token, the tokenizer knows it or does not know the super-class, the
-                embedding is of another width, or as `detached`.
+            ValueError: if the tokenizer knows the token or does not know the super-class, the embedding is of another
+                width, or as `detached`.
         """
         self.check(owner, token, embedding, superclass)
         with self.detached():

@@ -102,7 +102,6 @@ class PromptTracker:
 
     def __init__(self, tokens: PlaceholderTokens):
         self.family = tokens.family
-        self.width = embedding_table(tokens.text_encoder).shape[1]
         self.memory = RowMemory()
         self._tokens = weakref.ref(tokens)  # rows outlive a text encoder that the user has freed
         self._call = local()

@@ -65,12 +65,14 @@ class _Current:
         unchecked: an edit that the model has not returned finite numbers with yet.
         recent: the last batches of hidden states and pooled vectors with how often each had been changed in place, and
             their edits. Some pipelines call the model with the prompts and the negative prompts in turn.
+        rows: how many rows each layer that takes them in parts has had in this forward pass.
     """
 
     def __init__(self) -> None:
         self.edit: Edit | None = None
         self.unchecked: Edit | None = None
         self.recent: list[tuple[list[weakref.ref[Tensor]], list[int | None], Edit | None]] = []
+        self.rows: Counter[str] = Counter()
 
 
 class ConceptRegistry:
@@ -164,8 +166,14 @@ class ConceptRegistry:
         """Load a concept and activate it.
 
         Raises:
-            ValueError: if a text encoder cannot learn its placeholder token; then nothing is changed.
+            ValueError: if another has its placeholder token, or a text encoder cannot learn that; then nothing is
+                changed.
         """
+        if (token := concept.placeholder_token) in self.placeholder_tokens:
+            raise ValueError(
+                f"{token!r} is the placeholder token of a concept that is loaded already; give this one another with "
+                "placeholder_token="
+            )
         for connection in self._alive:
             connection.check(concept)
         for connection in self._alive:
@@ -257,17 +265,19 @@ class ConceptRegistry:
             For each text encoder, in how many rows of hidden states each placeholder token was found.
 
         Args:
-            text_encoders: of the pipeline; those that are None encode nothing.
+            text_encoders: of the pipeline; those that are None encode nothing, and their counters stay empty.
             clip_skip: as in `ModelFamily.possible_hidden_states`.
             max_sequence_length: as in `ModelFamily.kept_positions`.
         """
-        found = []
+        found: list[Counter[str]] = []
         with ExitStack() as stack:
             for text_encoder in text_encoders:
+                counter: Counter[str] = Counter()
                 if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
                     stack.enter_context(tokens.only(self))
                     tracker = PromptTracker.of(tokens)
-                    found.append(stack.enter_context(tracker.taking(clip_skip, max_sequence_length)))
+                    counter = stack.enter_context(tracker.taking(clip_skip, max_sequence_length))
+                found.append(counter)
             yield found
 
     @contextmanager
@@ -337,6 +347,7 @@ class ConceptRegistry:
             current = self._of_thread.current = _Current()
             self._all_current.add(current)
         self._last = current
+        current.rows.clear()
         if hidden_states is None:
             current.edit = None
             return
@@ -390,10 +401,20 @@ class ConceptRegistry:
         return getattr(self._of_thread, "current", self._last).edit
 
     def edit_for(self, hidden_states: Tensor, layer: str) -> Edit | None:
-        """Return the current edit, since layers get the hidden states of `prepare` or their projection."""
+        """Return the current edit, since layers get the hidden states of `prepare` or their projection.
+
+        In joint attention a processor may take the rows in parts, one after the other, as that of perturbed-attention
+        guidance does.
+        """
         if layer in self.watched:
             self.called.add(layer)
-        return self.edit
+        edit = self.edit
+        if edit is None or not self.joint or len(hidden_states) >= len(edit.gate):
+            return edit
+        current = getattr(self._of_thread, "current", self._last)
+        start, stop = current.rows[layer], current.rows[layer] + len(hidden_states)
+        current.rows[layer] = stop
+        return replace(edit, gate=edit.gate[start:stop])
 
     def _edit_of(
         self,

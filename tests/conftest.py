@@ -33,6 +33,8 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
@@ -242,7 +244,7 @@ def make_text_encoder(tokenizer, kind=CLIPTextModel, width=WIDTH, seed=0, **sett
     return text_encoder
 
 
-def make_vae(kind=AutoencoderTiny, seed=0):
+def make_vae(kind=AutoencoderTiny, seed=0, latent_channels=4):
     torch.manual_seed(seed)
     if kind is AutoencoderTiny:
         return AutoencoderTiny(
@@ -255,7 +257,7 @@ def make_vae(kind=AutoencoderTiny, seed=0):
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=16,
     ).eval()
@@ -802,6 +804,54 @@ def qwen_image_pipeline(qwen_image_components):
 def flux_pipeline(flux_components):
     """A tiny Flux pipeline that loads concepts."""
     pipeline = add_perfusion(FluxPipeline(**flux_components))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_sd3(**settings):
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=60,
+        caption_projection_dim=16,
+        pooled_projection_dim=12 + 16,
+        pos_embed_max_size=8,
+        **settings,
+    ).eval()
+
+
+@pytest.fixture
+def sd3_components(components, t5_tokenizer_folder, tokenizer_folder):
+    """Parts of a Stable Diffusion 3.5 pipeline: text of width 60 from T5, behind that of two CLIPs; 16×16 images."""
+    tokenizer_2 = CLIPTokenizer.from_pretrained(tokenizer_folder, pad_token="!")
+    tokenizer_3 = PreTrainedTokenizerFast.from_pretrained(t5_tokenizer_folder)
+    torch.manual_seed(0)
+    text_encoder_3 = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer_3), d_model=60, d_ff=40, d_kv=15, num_heads=4, num_layers=2)
+    ).eval()
+    clip = partial(make_text_encoder, kind=CLIPTextModelWithProjection)
+    vae = make_vae(AutoencoderKL, latent_channels=16)
+    vae.register_to_config(shift_factor=0.1)
+    return {
+        "vae": vae,
+        "text_encoder": clip(components["tokenizer"], projection_dim=12),
+        "tokenizer": components["tokenizer"],
+        "text_encoder_2": clip(tokenizer_2, width=24, seed=1, eos_token_id=2, projection_dim=16),
+        "tokenizer_2": tokenizer_2,
+        "text_encoder_3": text_encoder_3,
+        "tokenizer_3": tokenizer_3,
+        "transformer": make_sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+@pytest.fixture
+def sd3_pipeline(sd3_components):
+    """A tiny Stable Diffusion 3.5 pipeline that loads concepts."""
+    pipeline = add_perfusion(StableDiffusion3Pipeline(**sd3_components))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from compel import Compel
-from conftest import CHAT_LENGTH, LENGTH, make_flux, make_pixart, make_vae, random_concept
+from conftest import CHAT_LENGTH, LENGTH, make_flux, make_pixart, make_sd3, make_vae, random_concept
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -41,6 +41,14 @@ from diffusers import (
     QwenImagePipeline,
     SanaPAGPipeline,
     SanaPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetInpaintingPipeline,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGImg2ImgPipeline,
+    StableDiffusion3PAGPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -120,6 +128,24 @@ def flux_controlnet(components):
     for block in (*net.controlnet_blocks, *net.controlnet_single_blocks, net.controlnet_x_embedder):
         torch.nn.init.normal_(block.weight, std=0.1)  # they begin at zero
     return {**components, "controlnet": net}
+
+
+SD3 = FLUX | {"guidance_scale": 4.0}
+
+
+def sd3_controlnet(components, inpainting=False):
+    torch.manual_seed(1)
+    net = SD3ControlNetModel.from_transformer(
+        components["transformer"], num_layers=2, num_extra_conditioning_channels=int(inpainting)
+    ).eval()
+    for block in (*net.controlnet_blocks, net.pos_embed_input.proj):
+        torch.nn.init.normal_(block.weight, std=0.1)  # they begin at zero
+    return {**components, "controlnet": net}
+
+
+def controlled():
+    torch.manual_seed(2)  # the latents of the control image are drawn with no generator of the caller's
+    return SD3
 
 
 # By family, what makes a pipeline of components, and what it is called with.
@@ -263,6 +289,57 @@ PIPELINES = {
             ),
         ),
     },
+    "Stable Diffusion 3": {
+        "text to image": (lambda parts: StableDiffusion3Pipeline(**parts), lambda: SD3),
+        "Stable Diffusion 3.0": (
+            lambda parts: StableDiffusion3Pipeline(**parts | {"transformer": make_sd3()}),
+            lambda: SD3,
+        ),
+        "without T5": (
+            lambda parts: StableDiffusion3Pipeline(**parts | {"text_encoder_3": None, "tokenizer_3": None}),
+            lambda: SD3,
+        ),
+        "without guidance": (lambda parts: StableDiffusion3Pipeline(**parts), lambda: SD3 | {"guidance_scale": 1.0}),
+        "clip skip": (lambda parts: StableDiffusion3Pipeline(**parts), lambda: SD3 | {"clip_skip": 1}),
+        "skip layer guidance": (
+            lambda parts: StableDiffusion3Pipeline(**parts),
+            lambda: SD3 | {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0},
+        ),
+        "three prompts": (
+            lambda parts: StableDiffusion3Pipeline(**parts),
+            lambda: SD3 | {"prompt_2": ["a dog"] * 2, "prompt_3": ["a photo"] * 2, "negative_prompt": ["a dog", ""]},
+        ),
+        "image to image": (
+            lambda parts: StableDiffusion3Img2ImgPipeline(**parts),
+            lambda: SD3 | {"image": image(), "strength": 0.9},
+        ),
+        "inpainting": (
+            lambda parts: StableDiffusion3InpaintPipeline(**parts),
+            lambda: SD3 | {"image": image(), "mask_image": mask(), "strength": 0.9},
+        ),
+        "PAG": (
+            lambda parts: StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"]),
+            lambda: SD3 | {"pag_scale": 2.0},
+        ),
+        "PAG image to image without guidance": (
+            lambda parts: StableDiffusion3PAGImg2ImgPipeline(**parts, pag_applied_layers=["blocks.1"]),
+            lambda: SD3 | {"image": image(), "strength": 0.9, "pag_scale": 2.0, "guidance_scale": 1.0},
+        ),
+        "ControlNet": (
+            lambda parts: StableDiffusion3ControlNetPipeline(**sd3_controlnet(parts)),
+            lambda: controlled() | {"control_image": image()},
+        ),
+        "ControlNet inpainting": (
+            lambda parts: StableDiffusion3ControlNetInpaintingPipeline(**sd3_controlnet(parts, inpainting=True)),
+            lambda: controlled() | {"control_image": image(), "control_mask": mask()},
+        ),
+        "several of each prompt": (
+            lambda parts: StableDiffusion3Pipeline(**parts),
+            lambda: (
+                SD3 | {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]}
+            ),
+        ),
+    },
     "Chroma": {
         "text to image": (lambda parts: ChromaPipeline(**parts), lambda: FLUX),
         "without guidance": (lambda parts: ChromaPipeline(**parts), lambda: FLUX | {"guidance_scale": 1.0}),
@@ -332,13 +409,14 @@ COMPONENTS = {
     "Cosmos": "cosmos_components",
     "Flux": "flux_components",
     "Chroma": "chroma_components",
+    "Stable Diffusion 3": "sd3_components",
     "FLUX.2 klein": "klein_components",
     "Z-Image": "z_image_components",
     "Qwen-Image": "qwen_image_components",
 }
 
 # How keys are locked. Joint attention locks them always, and most of all without token embeddings.
-JOINT = "Flux", "Chroma", "FLUX.2 klein", "Z-Image", "Qwen-Image"
+JOINT = "Stable Diffusion 3", "Flux", "Chroma", "FLUX.2 klein", "Z-Image", "Qwen-Image"
 LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, ("local", "values alone"))
 
 
@@ -541,6 +619,7 @@ BESIDE = {
     "Z-Image": ("LoRA", "attention backend", *TRANSFORMERS),
     "FLUX.2 klein": ("LoRA", "fused transformer", "attention backend", *TRANSFORMERS),
     "Flux": ("LoRA", "two LoRAs with weights", "fused LoRA", "Textual Inversion", *OF_FLUX, *TRANSFORMERS),
+    "Stable Diffusion 3": ("LoRA", "two LoRAs with weights", "fused LoRA", *TRANSFORMERS),
 }
 
 

@@ -108,7 +108,7 @@ def test_pipelines_are_known_to_those_who_change_them():
 
 
 def test_a_family_is_named_in_its_own_file_alone():
-    families = r"pixart|sana|sdxl|gemma|\bt5|cosmos|flux|chroma|klein|qwen|z_?image"
+    families = r"pixart|sana|sdxl|gemma|\bt5|cosmos|flux|chroma|klein|qwen|z_?image|sd3"
     for module, path in MODULES.items():
         if module.startswith("model_families") or module in ("", "pipelines"):
             continue

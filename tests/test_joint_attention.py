@@ -256,6 +256,19 @@ def test_a_token_that_t5_does_not_read_is_named_though_clip_reads_it(pipe, conce
     assert "<my-bear> falls off the end of a prompt, of which the text encoder reads only the beginning" in caplog.text
 
 
+def test_a_token_in_the_prompt_of_the_pooled_vector_alone_is_warned_of(pipe, draw, concept, caplog):
+    plain = draw(OTHER)
+    pipe.load_perfusion(concept())
+    with caplog.at_level(logging.WARNING):
+        assert effect(draw([BEAR, OTHER], prompt_2=[OTHER, BEAR])[1], plain[0]) > 1e-3
+        assert effect(draw([OTHER, OTHER], prompt_2=[OTHER, BEAR])[1], plain[0]) > 1e-3
+    (record,) = caplog.records
+    assert record.message == (
+        "<my-bear> is in a prompt of which the model gets no hidden states, so the concept is not applied there; "
+        "expected it in prompt_2."
+    )
+
+
 # Beside what else changes the layers
 
 

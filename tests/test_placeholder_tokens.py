@@ -532,16 +532,6 @@ def test_a_word_of_the_language_is_refused(tokens, owner, token):
         tokens.add(owner, token, vector(0), "cat")
 
 
-def test_a_token_that_is_taken_is_refused(tokens, owner):
-    tokens.add(owner, "<my-cat>", vector(0), "cat")
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match="'<my-cat>' is the placeholder token of a concept that is loaded already"
-        ):
-            tokens.add(owner, "<my-cat>", vector(1), "cat")
-        tokens.attach(owner)
-
-
 def test_the_token_of_a_textual_inversion_is_refused(tokens, tokenizer, owner):
     tokenizer.add_tokens(["<my-cat>"])
     with pytest.raises(ValueError, match="already a token of the tokenizer"):

@@ -5,7 +5,7 @@ A new family is a subclass of `ModelFamily` in a file of its own, imported below
 
 from typing import Any
 
-from .base import ModelFamily, PromptEncoding, cross_attention_layers, edited_model
+from .base import ModelFamily, PromptEncoding, TextPart, cross_attention_layers, edited_model
 from .chroma import Chroma
 from .cosmos import Cosmos
 from .flux import Flux
@@ -14,10 +14,20 @@ from .pixart import PixArt
 from .qwen_image import QwenImage
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 from .z_image import ZImage
 
-__all__ = ["FAMILIES", "ModelFamily", "PromptEncoding", "cross_attention_layers", "edited_model", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "ModelFamily",
+    "PromptEncoding",
+    "TextPart",
+    "cross_attention_layers",
+    "edited_model",
+    "family_class",
+    "family_of",
+]
 
 # A pipeline belongs to the first family whose model class and text encoders it has.
 FAMILIES: tuple[type[ModelFamily], ...] = (
@@ -26,6 +36,7 @@ FAMILIES: tuple[type[ModelFamily], ...] = (
     PixArt,
     Sana,
     Cosmos,
+    StableDiffusion3,
     Flux,
     Chroma,
     Flux2Klein,
@@ -38,12 +49,21 @@ def family_of(pipeline: Any) -> ModelFamily:
     """Return the family of a pipeline, bound to the pipeline's model, tokenizers and text encoders.
 
     Raises:
-        ValueError: if no family knows the pipeline's model, a text encoder is missing, or the text encoders give
-            hidden states of another width than the model takes.
+        ValueError: as `family_class`, or if a text encoder is missing, or the text encoders give hidden states of
+            another width than the model takes.
+    """
+    return family_class(pipeline)(pipeline)
+
+
+def family_class(pipeline: Any) -> type[ModelFamily]:
+    """Return the family of a pipeline, whose text encoders may be missing.
+
+    Raises:
+        ValueError: if no family knows the pipeline's model.
     """
     for family in FAMILIES:
         if family.matches(pipeline):
-            return family(pipeline)
+            return family
     raise ValueError(
         f"Perfusion cannot edit {type(pipeline).__name__}, whose model is {type(edited_model(pipeline)).__name__}; "
         f"expected a pipeline of {', '.join(family.name for family in FAMILIES)}"

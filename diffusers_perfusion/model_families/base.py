@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,6 +36,45 @@ class PromptEncoding(NamedTuple):
         return PromptEncoding(hidden_states, inputs, pooled, mask)
 
 
+class TextPart(NamedTuple):
+    """Where the output of a text encoder is in what the model gets.
+
+    Attributes:
+        positions: in a row of hidden states, `(length, width)`; None if the model gets none of this text encoder.
+        columns: likewise.
+        pooled: in a pooled vector; None if none of it is of this text encoder.
+        zero_padded: whether zeros may stand behind it in a row, which are none of it.
+    """
+
+    positions: slice | None = None
+    columns: slice = slice(None)
+    pooled: slice | None = None
+    zero_padded: bool = False
+
+    @property
+    def start(self) -> int:
+        """The position of its first token in a row."""
+        return 0 if self.positions is None else self.positions.start or 0
+
+    def of(self, row: Tensor) -> Tensor | None:
+        """Return a view of this part of a row `(length, width)` or a pooled vector `(width,)`; None for none."""
+        if row.ndim == 1:
+            return None if self.pooled is None else row[self.pooled]
+        if self.positions is None:
+            return None
+        part = row[self.positions, self.columns]
+        return part[: int(part.any(-1).nonzero().max()) + 1] if self.zero_padded and part.any() else part
+
+    def put(self, row: Tensor, output: Tensor) -> Tensor:
+        """Return a row or pooled vector that has another output in this part, without zeros behind it."""
+        if self.zero_padded:  # it may be longer
+            return output.to(row)
+        row = row.clone()
+        part: Any = self.of(row)
+        part.copy_(output)
+        return row
+
+
 class ModelFamily:
     """A family of base models, bound to the components of one pipeline.
 
@@ -46,9 +86,11 @@ class ModelFamily:
     Attributes:
         name: the name that people use.
         model_classes: classes that the model which concepts are edited into may have.
-        text_components: names of the pipeline's tokenizers, each with the name of its text encoder. Their hidden
-            states stand side by side along the width, unless `split` says otherwise.
-        position_encoder: index of the text encoder whose tokens the positions of hidden states are.
+        text_components: names of the pipeline's tokenizers, each with the name of its text encoder, in the order of
+            the arguments `prompt`, `prompt_2`, … that they read.
+        optional: names of the text encoders that a pipeline may do without.
+        pooled_only: names of the text encoders that give a pooled vector alone.
+        position_encoder: index of the first text encoder whose hidden states the model gets.
         joint: whether text and image attend to each other in joint layers. Then the model gets the super-class prompt,
             and concepts are edited into values alone; see `JointFamily`.
         text_argument: name of a joint model's argument for the hidden states of text.
@@ -64,7 +106,8 @@ class ModelFamily:
         prompt_cleaning: name of the pipeline method that changes prompts before they are tokenized; None for no such
             method.
         instruction: text that the text encoder reads before every prompt, and whose hidden states pipelines leave out.
-        latent_patch_size: side of the patches of latents that the model takes as one token, where pipelines pack them.
+        latent_patch_size: side of the patches of latents that the model takes as one token, where it has to divide
+            the image's.
         repeats_rows: whether the model repeats each row of its hidden states (`repeat_interleave`) before its
             cross-attention layers, as models do that generate several frames of one prompt.
         model: the UNet or transformer.
@@ -80,6 +123,8 @@ class ModelFamily:
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     text_components: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
+    optional: ClassVar[tuple[str, ...]] = ()
+    pooled_only: ClassVar[tuple[str, ...]] = ()
     position_encoder: ClassVar[int] = 0
     joint: ClassVar[bool] = False
     text_argument: ClassVar[str] = "encoder_hidden_states"
@@ -97,16 +142,15 @@ class ModelFamily:
     def __init__(self, pipeline: Any):
         self.model = edited_model(pipeline)
         self.vae_scale_factor: Any = getattr(pipeline, "vae_scale_factor", None)
-        for component in (component for pair in self.text_components for component in pair):
+        components = self.components_of(pipeline)
+        for component in (component for pair in components for component in pair):
             if getattr(pipeline, component) is None:
                 raise ValueError(
                     f"{type(pipeline).__name__} has no {component}, which Perfusion needs for placeholder tokens; "
                     "give it one, or, after loading, prompt embeddings that it has encoded before"
                 )
-        self.tokenizers = tuple(getattr(pipeline, tokenizer) for tokenizer, _ in self.text_components)
-        self.text_encoders = tuple(
-            uncompiled(getattr(pipeline, text_encoder)) for _, text_encoder in self.text_components
-        )
+        self.tokenizers = tuple(getattr(pipeline, tokenizer) for tokenizer, _ in components)
+        self.text_encoders = tuple(uncompiled(getattr(pipeline, text_encoder)) for _, text_encoder in components)
         if self.model_width != self.width:
             raise ValueError(
                 f"{type(self.model).__name__} takes hidden states of width {self.model_width}, but the text encoders "
@@ -119,6 +163,15 @@ class ModelFamily:
         classes = {kind.__name__ for kind in type(edited_model(pipeline)).__mro__}
         components = [component for pair in cls.text_components for component in pair]
         return bool(classes & set(cls.model_classes)) and all(hasattr(pipeline, name) for name in components)
+
+    @classmethod
+    def components_of(cls, pipeline: Any) -> list[tuple[str, str]]:
+        """Return `text_components` without the optional ones that a pipeline does without."""
+        return [
+            (tokenizer, text_encoder)
+            for tokenizer, text_encoder in cls.text_components
+            if text_encoder not in cls.optional or getattr(pipeline, text_encoder) is not None
+        ]
 
     # The model
 
@@ -168,6 +221,27 @@ class ModelFamily:
     def width(self) -> int:
         """Width of `PromptEncoding.hidden_states`."""
         return sum(self.widths)
+
+    @property
+    def layout(self) -> tuple[TextPart, ...]:
+        """Where each text encoder's output is in what the model gets: by default side by side along the width.
+
+        Also that of one which the pipeline does without, in whose place are zeros.
+        """
+        stops = accumulate(self.widths)
+        return tuple(
+            TextPart(slice(None), slice(stop - width, stop)) for width, stop in zip(self.widths, stops, strict=True)
+        )
+
+    def row_positions(self, positions: Sequence[Iterable[int]]) -> tuple[int, ...]:
+        """Return the positions in the model's hidden states of positions in each text encoder's."""
+        found = {
+            part.start + position
+            for part, of_part in zip(self.layout, positions, strict=False)
+            if part.positions is not None
+            for position in of_part
+        }
+        return tuple(sorted(found))
 
     def tokenize(self, prompts: Sequence[str], padding: str | None = None) -> tuple[Tensor, ...]:
         """Return token ids for each text encoder, `(len(prompts), length)`.
@@ -237,16 +311,6 @@ class ModelFamily:
         if cls.hidden_state_index is not None and output.hidden_states is None:
             return []
         return [cls.hidden_states(output, attention_mask)]
-
-    @classmethod
-    def split(cls, row: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
-        """Return the part of each text encoder in a row of what the model gets; None for those that have none.
-
-        Args:
-            row: hidden states, `(length, width)`, or a pooled vector, `(width,)`.
-            widths: of each text encoder's hidden states.
-        """
-        return list(row.split(list(widths), -1))
 
     @classmethod
     def kept_positions(cls, length: int, max_sequence_length: int | None) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .base import PromptEncoding, embedding_table
+from .base import PromptEncoding, TextPart, embedding_table
 from .joint import PackedFamily
 
 # Of models that are distilled from guidance, in training: at 1 they predict the flow of the images themselves.
@@ -20,12 +20,18 @@ class Flux(PackedFamily):
     name = "Flux"
     model_classes = ("FluxTransformer2DModel",)
     text_components = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+    pooled_only = ("text_encoder",)
     position_encoder = 1
 
     @property
     def width(self) -> int:
         """Width of T5's hidden states."""
         return self.widths[self.position_encoder]
+
+    @property
+    def layout(self) -> tuple[TextPart, ...]:
+        """CLIP's output is the pooled vector, and T5's the hidden states."""
+        return TextPart(pooled=slice(None)), TextPart(slice(None))
 
     def _max_length(self, tokenizer: Any) -> int | None:
         is_clip = tokenizer is not self.tokenizers[self.position_encoder]
@@ -46,11 +52,6 @@ class Flux(PackedFamily):
         """Return the pooled vectors of CLIP, or the hidden states of T5."""
         pooled = getattr(output, "pooler_output", None)
         return [output[0] if pooled is None else pooled]
-
-    @classmethod
-    def split(cls, row: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
-        """Return a pooled vector as CLIP's part, and hidden states as T5's."""
-        return [row, None] if row.ndim == 1 else [None, row]
 
     def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
         """Return the pooled vectors and, for models distilled from guidance, its scale."""

@@ -34,9 +34,9 @@ class Flux2Klein(PackedFamily):
         super().__init__(pipeline)
 
     @property
-    def width(self) -> int:
+    def widths(self) -> tuple[int, ...]:
         """Width of the hidden states of all three layers."""
-        return len(self.layers_taken) * self.widths[0]
+        return (len(self.layers_taken) * super().widths[0],)
 
     def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
         return super()._tokens(tokenizer, chats(tokenizer, prompts, enable_thinking=False), padding)
@@ -45,11 +45,6 @@ class Flux2Klein(PackedFamily):
     def hidden_states(cls, output: Any, attention_mask: Tensor | None = None) -> Tensor:
         """Return the hidden states of the three layers side by side."""
         return torch.cat([output.hidden_states[layer] for layer in cls.layers_taken], -1)
-
-    @classmethod
-    def split(cls, row: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
-        """Return all layers' hidden states as the one text encoder's."""
-        return [row]
 
     @torch.no_grad()
     def encode_latents(self, vae: Any, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..joint_attention import value_sites
-from .base import ModelFamily, PromptEncoding
+from .base import ModelFamily, PromptEncoding, TextPart
 
 
 class JointFamily(ModelFamily):
@@ -85,10 +85,10 @@ class UnpaddedFamily(JointFamily):
     sees_padding = False
     follows_length = True
 
-    @classmethod
-    def split(cls, row: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
-        """Return a row without the zeros behind its text."""
-        return [row[: int(row.any(-1).nonzero().max()) + 1] if row.any() else row]
+    @property
+    def layout(self) -> tuple[TextPart, ...]:
+        """The text is the whole row but for zeros behind it."""
+        return (TextPart(slice(None), zero_padded=True),)
 
 
 def chats(tokenizer: Any, prompts: Sequence[str], **settings: Any) -> list[str]:

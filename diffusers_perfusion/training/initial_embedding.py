@@ -66,12 +66,12 @@ def token_input(family: ModelFamily, token: str, embeddings: Sequence[Tensor], s
     """
     with known_token(family, token, embeddings, superclass):
         ids = family.tokenize([template.format(token) for template in TEMPLATES])
-        positions = [places[-1] for places in token_positions(family, token, ids)]
+        positions = [places[0] for places in token_positions(family, token, ids)]
         return family.encode(ids).inputs[torch.arange(len(positions)), torch.tensor(positions)].mean(0)
 
 
 def token_positions(family: ModelFamily, token: str, input_ids: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Return the positions of a placeholder token in each prompt.
+    """Return the positions of a placeholder token in the hidden states of each prompt.
 
     Args:
         family: whose tokenizers know the token.
@@ -79,14 +79,16 @@ def token_positions(family: ModelFamily, token: str, input_ids: Sequence[Tensor]
         input_ids: of the prompts, for each text encoder, `(prompts, length)`.
 
     Raises:
-        ValueError: if a prompt does not hold the token, because it is longer than the text encoder reads.
+        ValueError: if a prompt does not hold the token, because it is longer than the text encoders read.
     """
-    number = family.position_encoder
-    tokens: Any = PlaceholderTokens.existing(family.text_encoders[number])
-    found = [tokens.positions(ids).get(token, ()) for ids in input_ids[number].tolist()]
-    if not all(found):
+    found = []
+    for text_encoder, ids in zip(family.text_encoders, input_ids, strict=True):
+        tokens: Any = PlaceholderTokens.existing(text_encoder)
+        found.append([tokens.positions(row).get(token, ()) for row in ids.tolist()])
+    positions = [family.row_positions(of_prompt) for of_prompt in zip(*found, strict=True)]
+    if not all(positions):
         raise ValueError(
-            f"{token} falls off the end of the caption, of which the text encoder reads {input_ids[number].shape[1]} "
-            "tokens; expected it earlier"
+            f"{token} falls off the end of the caption, of which the text encoder reads "
+            f"{max(ids.shape[-1] for ids in input_ids)} tokens; expected it earlier"
         )
-    return found
+    return positions

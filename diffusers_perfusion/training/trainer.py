@@ -166,18 +166,20 @@ class PerfusionTrainer:
     @torch.no_grad()
     def _encode_superclass_prompts(self, prompt_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encode all prompts with the super-class in place of the token, and note where its last token is in each."""
-        superclass_ids = []
-        for number, (text_encoder, ids) in enumerate(zip(self.family.text_encoders, prompt_ids, strict=True)):
+        token, superclass_ids, positions = self.config.placeholder_token, [], []
+        for text_encoder, ids in zip(self.family.text_encoders, prompt_ids, strict=True):
             tokens: Any = PlaceholderTokens.existing(text_encoder)
             prompts = [tokens.superclass_prompt(row) for row in ids.tolist()]
             rows = [torch.tensor(prompt.input_ids) for prompt in prompts]
-            padding = self.family.tokenizers[number].pad_token_id
+            padding = tokens.tokenizer.pad_token_id
             superclass_ids.append(pad_sequence(rows, batch_first=True, padding_value=padding))
-            if number == self.family.position_encoder:
-                self._tokens_of_prompt = [
-                    {token: tuple(prompt.places[place] for place in places) for token, places in of_prompt.items()}
-                    for prompt, of_prompt in zip(prompts, self._tokens_of_prompt, strict=True)
-                ]
+            places = [tokens.positions(row).get(token, ()) for row in ids.tolist()]
+            positions.append(
+                [[prompt.places[place] for place in row] for prompt, row in zip(prompts, places, strict=True)]
+            )
+        self._tokens_of_prompt = [
+            {token: self.family.row_positions(of_prompt)} for of_prompt in zip(*positions, strict=True)
+        ]
         with self._registry.paused_tracking():
             return self.family.encode(superclass_ids).map(lambda part: part.to(self.model.dtype))
 
@@ -325,7 +327,7 @@ class PerfusionTrainer:
         """
         if not self._values_alone:
             # i*, the mean hidden state at the placeholder token.
-            positions = torch.tensor([places[-1] for prompt in self._tokens_of_prompt for places in prompt.values()])
+            positions = torch.tensor([places[0] for prompt in self._tokens_of_prompt for places in prompt.values()])
             with torch.no_grad(), self._registry.paused_tracking():
                 hidden_states = self.family.encode([ids[: len(TEMPLATES)] for ids in self.prompt_ids]).inputs.float()
             at_token = hidden_states[torch.arange(len(TEMPLATES)), positions[: len(TEMPLATES)]].mean(0)

@@ -24,6 +24,7 @@ from test_validation import Album
 from diffusers_perfusion import PerfusionConcept, add_perfusion
 from diffusers_perfusion.model_families import cross_attention_layers, family_of
 from diffusers_perfusion.model_families.flux import Flux
+from diffusers_perfusion.model_families.stable_diffusion_3 import StableDiffusion3
 from diffusers_perfusion.registry import registry_of
 from diffusers_perfusion.training import TrainingConfig, masks, train, training_loop, validation
 from diffusers_perfusion.training.superclass import superclass_embeddings, superclass_input
@@ -93,6 +94,7 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
         "klein_pipeline",
         "z_image_pipeline",
         "qwen_image_pipeline",
+        "sd3_pipeline",
     ],
 )
 def test_training_of_other_families(request, name, training_settings, generate):
@@ -128,6 +130,8 @@ def test_training_of_other_families(request, name, training_settings, generate):
     starts = superclass_embeddings(family_of(pipe), "cat")
     for embedding, start in zip(concept.token_embeddings, starts, strict=True):
         assert (embedding - start).abs().max() > 1e-3
+    # Of the same text encoder.
+    assert torch.cosine_similarity(concept.target_input, concept.superclass_input, dim=0) > 0.5
     add_perfusion(pipe).load_perfusion(path)
     trained = generate(prompts, pipe)
     assert torch.equal(trained[1], plain[1])
@@ -174,6 +178,42 @@ def test_training_values_alone(
     assert (trained[0] - plain[1]).abs().max() > 1e-3
     with pipe.set_perfusion(bias=2.0, temperature=0.01):
         assert torch.equal(generate(prompts)[0], plain[1])
+
+
+@pytest.mark.parametrize("t5", [True, False])
+def test_training_values_alone_with_three_text_encoders(sd3_pipeline, values_alone, generate, monkeypatch, t5):
+    pipe, gates, predict = sd3_pipeline, [], StableDiffusion3.predict
+
+    def record(self, *arguments):
+        gates.extend(registry_of(self.model).edit.gate[..., 0])
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(StableDiffusion3, "predict", record)
+    if not t5:
+        pipe.text_encoder_3 = pipe.tokenizer_3 = None
+    encoders = family_of(pipe).text_encoders
+    for model in (pipe.transformer, *encoders):
+        model.requires_grad_(False)
+    generate = partial(generate, pipe=pipe, max_sequence_length=LENGTH, height=16, width=16)
+    plain = generate("a teddy bear on the beach")
+    concept = train(pipe, TrainingConfig(**values_alone))
+    assert len(concept.token_embeddings) == len(encoders)
+    assert all(not embedding.any() for embedding in concept.token_embeddings)
+    assert {model.dtype for model in encoders} == {torch.float32}
+    # In CLIP's tokens and, 23 after that, in T5's, which do not begin with a special one.
+    for gate in gates:
+        clip, *others = gate.nonzero()[:, 0].tolist()
+        assert clip < LENGTH and others == ([clip + LENGTH - 1] if t5 else [])
+    pipe.load_perfusion(Path(values_alone["output_dir"]) / "perfusion.safetensors")
+    assert (generate("a <my-cat> on the beach") - plain).abs().max() > 1e-3
+    assert torch.equal(generate("a teddy bear on the beach"), plain)
+    with pipe.set_perfusion(bias=2.0, temperature=0.01):
+        assert torch.equal(generate("a <my-cat> on the beach"), plain)
+
+
+def test_latents_in_patches_need_a_resolution_of_whole_ones(sd3_pipeline, values_alone, no_long_work):
+    with pytest.raises(ValueError, match="resolution is 18; the base model takes multiples of 4"):
+        train(sd3_pipeline, TrainingConfig(**values_alone | {"resolution": 18}))
 
 
 def test_training_values_alone_lowers_the_loss(flux_pipeline, values_alone, losses):
