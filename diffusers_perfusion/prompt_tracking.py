@@ -166,7 +166,7 @@ class PromptTracker:
             superclass_kept = tuple(superclass.places[position] for position in kept)
             places = {position: place for place, position in enumerate(kept)}
             if replaced:
-                superclass_kept = self.family.kept_positions(len(superclass.input_ids), max_length)
+                superclass_kept = tuple(range(kept[0], superclass.places[kept[-1]] + 1))
                 places = {position: place for place, position in enumerate(superclass_kept)}
                 # At the end of a long prompt one may have taken the place of another that was before it.
                 in_order = sorted((at, token) for token, positions in positions_of.items() for at in positions)

@@ -3,6 +3,7 @@
 import copy
 import logging
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -29,7 +30,16 @@ from diffusers_perfusion.registry import registry_of
 BEAR, PLAIN, OTHER = "a <my-bear> on the beach", "a teddy bear on the beach", "a cat"
 TOO_LONG = "a photo of a photo of a photo of a photo of a photo of a photo of a photo of a photo of a <my-bear>"
 
-FAMILIES = ["flux_pipeline", "chroma_pipeline"]
+# With the length of text at which `WORDS` words fit, which T5 ends with a token, and chats begin with some.
+WORDS = LENGTH - 1
+FAMILIES = {
+    "sd3_pipeline": LENGTH,
+    "flux_pipeline": LENGTH,
+    "klein_pipeline": WORDS + 3,
+    "chroma_pipeline": LENGTH,
+    "z_image_pipeline": WORDS + 3,
+    "qwen_image_pipeline": WORDS,
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -40,8 +50,13 @@ def pipe(request):
 
 
 @pytest.fixture
-def draw(pipe, generate):
-    return partial(generate, pipe=pipe, height=16, width=16, max_sequence_length=LENGTH)
+def length(request, pipe):
+    return FAMILIES[request.node.callspec.params["pipe"]]
+
+
+@pytest.fixture
+def draw(pipe, length, generate):
+    return partial(generate, pipe=pipe, height=16, width=16, max_sequence_length=length)
 
 
 @pytest.fixture
@@ -91,7 +106,10 @@ def test_a_concept_of_a_unet_of_the_same_width_is_refused(pipe, pipeline):
     width = family_of(pipe).input_width
     for name in ("target_input", "inverse_target_input", "superclass_input", "inverse_superclass_input"):
         setattr(concept, name, torch.ones(width))
-    with pytest.raises(ValueError, match=r"does not have the attention layers of \w+2DModel .*: 3 missing \(single_"):
+    missing = len(family_of(pipe).layers)
+    with pytest.raises(
+        ValueError, match=rf"does not have the attention layers of \w+2DModel .*: {missing} missing \("
+    ):
         pipe.load_perfusion(concept)
 
 
@@ -111,7 +129,7 @@ class Wrapper(nn.Module):
 
 def fresh(projection):
     """A projection of the same numbers, without hooks."""
-    other = nn.Linear(projection.in_features, projection.out_features)
+    other = nn.Linear(projection.in_features, projection.out_features, bias=projection.bias is not None)
     other.load_state_dict(projection.state_dict())
     return other
 
@@ -121,8 +139,9 @@ def fresh(projection):
 def test_a_projection_that_was_replaced_is_edited_once(pipe, draw, concept, replaced_by, first):
     def replace():
         for layer in family_of(pipe).layers.values():
-            name = "to_v" if getattr(layer, "add_v_proj", None) is None else "add_v_proj"
-            setattr(layer, name, replaced_by(getattr(layer, name)))
+            projection = value_sites(layer)[0].module
+            name = next(name for name, module in layer.named_children() if module is projection)
+            setattr(layer, name, replaced_by(projection))
 
     plain = draw(BEAR)
     pipe.load_perfusion(concept)
@@ -140,32 +159,36 @@ def test_a_projection_that_was_replaced_is_edited_once(pipe, draw, concept, repl
     assert torch.equal(draw(BEAR), plain)
 
 
+def last_layer(pipe):
+    """The name of the last attention layer, and the layer."""
+    return list(family_of(pipe).layers.items())[-1]
+
+
 def test_a_layer_that_was_replaced_is_named(pipe, draw, concept):
-    block = pipe.transformer.single_transformer_blocks[1]
+    name, before = last_layer(pipe)
     pipe.load_perfusion(concept)
-    expected, before = draw(BEAR), block.attn
+    expected = draw(BEAR)
     other = copy.deepcopy(before)
     for module in other.modules():
         module._forward_hooks.clear()
-    block.attn = other
-    with pytest.raises(
-        RuntimeError, match=r"1 attention layers were replaced .* \(single_transformer_blocks.1.attn\)"
-    ):
+    pipe.transformer.set_submodule(name, other)
+    with pytest.raises(RuntimeError, match=rf"1 attention layers were replaced .* \({name}\)"):
         draw(BEAR)
     draw(OTHER)
     pipe.unload_perfusion()
     pipe.load_perfusion(concept)
     assert torch.equal(draw(BEAR), expected)
-    del pipe.transformer.transformer_blocks[0]
-    with pytest.raises(RuntimeError, match=r"1 attention layers were replaced .* \(transformer_blocks.0.attn\)"):
+    blocks, _, number = name.rpartition(".")[0].rpartition(".")
+    del pipe.transformer.get_submodule(blocks)[int(number)]
+    with pytest.raises(RuntimeError, match=rf"1 attention layers were replaced .* \({name}\)"):
         draw(BEAR)
 
 
 def test_a_compiled_layer_is_none_that_was_replaced(pipe, draw, concept):
     pipe.load_perfusion(concept)
     expected = draw(BEAR)
-    block = pipe.transformer.single_transformer_blocks[1]
-    block.attn = torch.compile(block.attn, backend="eager")
+    name, layer = last_layer(pipe)
+    pipe.transformer.set_submodule(name, torch.compile(layer, backend="eager"))
     torch.testing.assert_close(draw(BEAR), expected)
 
 
@@ -200,20 +223,20 @@ class Calling:
 
     def __init__(self, processor):
         self.processor = processor
+        self.__call__ = processor.__call__  # layers give it the arguments that this one takes
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+    def __call__(self, *args, **kwargs):
+        return self.processor(*args, **kwargs)
 
 
 class NotCalling(Calling):
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
         return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
 
 
 @pytest.mark.parametrize("processor", ["diffusers", "Calling"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_concepts_are_in_what_caches_keep(flux_pipeline, generate, cache, processor):
-    """Of the other classes diffusers caches no blocks, or none without error."""
     pipe = flux_pipeline
     draw = partial(generate, pipe=pipe, height=16, width=16, max_sequence_length=LENGTH, num_inference_steps=6)
     uncached = draw(PLAIN)
@@ -230,35 +253,30 @@ def test_concepts_are_in_what_caches_keep(flux_pipeline, generate, cache, proces
     assert torch.equal(draw(BEAR), edited)
     with pipe.set_perfusion(bias=2.0, temperature=0.01):
         assert torch.equal(draw(BEAR), plain)
-    layer = family_of(pipe).layers["single_transformer_blocks.1.attn"]
+    name, layer = last_layer(pipe)
     layer.set_processor(NotCalling(layer.processor))
-    with pytest.raises(
-        RuntimeError, match=r"NotCalling on single_transformer_blocks.1.attn computes attention without"
-    ):
+    with pytest.raises(RuntimeError, match=f"NotCalling on {name} computes attention without"):
         draw(BEAR)
 
 
 def test_a_processor_that_comes_after_one_that_edits_is_none_that_edits(pipe, draw, concept):
     """Although the edit is that of an earlier call."""
     pipe.load_perfusion(concept)
-    layer = pipe.transformer.single_transformer_blocks[1].attn
+    name, layer = last_layer(pipe)
     layer.set_processor(Calling(layer.processor))
     called = []
     handle = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: called.append(kwargs), with_kwargs=True
+        lambda _, args, kwargs: called.append((args, kwargs)), with_kwargs=True, prepend=True
     )
     draw(BEAR, num_inference_steps=1)
     handle.remove()
-    embeds = pipe.encode_prompt(BEAR, max_sequence_length=LENGTH)
-    given = called[-1] | {"encoder_hidden_states": embeds[0]}
-    if "pooled_projections" in given:
-        given["pooled_projections"] = embeds[1]
+    args, kwargs = called[0]
     with torch.no_grad():
         for _ in range(2):
-            pipe.transformer(**given)
+            pipe.transformer(*args, **kwargs)
         layer.set_processor(NotCalling(layer.processor))
-        with pytest.raises(RuntimeError, match=r"NotCalling on single_transformer_blocks.1.attn computes attention"):
-            pipe.transformer(**given)
+        with pytest.raises(RuntimeError, match=f"NotCalling on {name} computes attention"):
+            pipe.transformer(*args, **kwargs)
 
 
 # Text encoders that are gone
@@ -278,28 +296,35 @@ def unload_text_encoders(pipe, monkeypatch):
     return run
 
 
-def embeddings_of(pipe, prompts):
-    """What the pipeline's call takes in place of prompts."""
+# What `encode_prompt` of each pipeline returns first, by the names that the pipeline's call has for it.
+RETURNED = {
+    "StableDiffusion3Pipeline": {0: "prompt_embeds", 2: "pooled_prompt_embeds"},
+    "FluxPipeline": {0: "prompt_embeds", 1: "pooled_prompt_embeds"},
+    "ChromaPipeline": {0: "prompt_embeds", 2: "prompt_attention_mask"},
+    "QwenImagePipeline": {0: "prompt_embeds", 1: "prompt_embeds_mask"},
+}
+
+
+def embeddings_of(pipe, prompts, length):
+    """What the pipeline's call takes in place of prompts, without guidance."""
+    parameters = signature(pipe.encode_prompt).parameters
+    arguments = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
+    arguments = {name: value for name, value in arguments.items() if name in parameters}
     with torch.no_grad():
-        if "text_encoder_2" in pipe.components:
-            embeds, pooled, _ = pipe.encode_prompt(prompts, max_sequence_length=LENGTH)
-            return {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        embeds, _, mask, *_ = pipe.encode_prompt(
-            prompts, max_sequence_length=LENGTH, do_classifier_free_guidance=False
-        )
-        return {"prompt": None, "prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 0.0}
+        encoded = pipe.encode_prompt(prompts, max_sequence_length=length, **arguments)
+    returned = RETURNED.get(type(pipe).__name__, {0: "prompt_embeds"})
+    return {"prompt": None, "guidance_scale": 0.0} | {name: encoded[number] for number, name in returned.items()}
 
 
-def test_a_superclass_prompt_that_is_gone_is_an_error(pipe, draw, concept, unload_text_encoders, monkeypatch):
+def test_a_superclass_prompt_that_is_gone_is_an_error(pipe, length, draw, concept, unload_text_encoders, monkeypatch):
     monkeypatch.setattr("diffusers_perfusion.prompt_tracking.MAX_SUPERCLASS_PROMPTS", 1)
     pipe.load_perfusion(concept)
-    first, second = embeddings_of(pipe, BEAR), embeddings_of(pipe, "the <my-bear>")
-    expected = draw([BEAR], **first), draw(["the <my-bear>"], **second)
-    registry_of(pipe.transformer).clear_edit()
+    expected = draw(["the <my-bear>"], guidance_scale=0.0)
+    first, second = embeddings_of(pipe, BEAR, length), embeddings_of(pipe, "the <my-bear>", length)
     unload_text_encoders()
     with pytest.raises(ValueError, match="super-class prompts of some prompt embeddings are not kept any more"):
         draw([BEAR], **first)
-    assert torch.equal(draw(["the <my-bear>"], **second), expected[1])
+    assert torch.equal(draw(["the <my-bear>"], **second), expected)
     pipe.disable_perfusion()
     draw([BEAR], **first)
 
@@ -309,8 +334,8 @@ def test_a_pooled_superclass_prompt_that_is_gone_is_an_error(flux_pipeline, gene
     pipe = flux_pipeline
     draw = partial(generate, [BEAR], pipe=pipe, height=16, width=16, max_sequence_length=LENGTH)
     pipe.load_perfusion(without_embeddings(random_concept(pipe, "<my-bear>", "teddy bear")))
-    first = embeddings_of(pipe, BEAR)
-    embeddings_of(pipe, "the <my-bear>")
+    first = embeddings_of(pipe, BEAR, LENGTH)
+    embeddings_of(pipe, "the <my-bear>", LENGTH)
     clip = registry_of(pipe.transformer)._connections[0].trackers[0]
     monkeypatch.setattr(clip, "_tokens", lambda: None)  # as where it was freed, and T5 was not
     with pytest.raises(ValueError, match="super-class prompts of some prompt embeddings are not kept any more"):
@@ -330,40 +355,82 @@ def test_a_prompt_for_a_text_encoder_that_is_gone_is_an_error(pipe, draw, concep
 # Prompts that are too long
 
 
+@pytest.fixture
+def warnings(caplog):
+    """Return how often a token was said to fall off the end of a prompt."""
+    caplog.set_level(logging.WARNING)
+    return lambda token: caplog.text.count(f"{token} falls off the end of a prompt")
+
+
+@pytest.mark.parametrize("prompts", [TOO_LONG, [BEAR, TOO_LONG]])
+def test_a_token_that_falls_off_the_end_is_named(pipe, draw, concept, prompts, warnings):
+    pipe.load_perfusion(concept)
+    draw(prompts, num_inference_steps=1)
+    assert warnings("<my-bear>") == 1
+
+
+# CLIP reads as much as ever.
+@pytest.mark.parametrize("pipe", [name for name in FAMILIES if name != "sd3_pipeline"], indirect=True)
+def test_a_token_behind_the_length_of_a_call_is_named(pipe, draw, concept, warnings):
+    pipe.load_perfusion(concept)
+    draw("a good photo of a photo of a <my-bear>", num_inference_steps=1, max_sequence_length=8)
+    assert warnings("<my-bear>") == 1
+
+
+# By family, what says that negative prompts are read, and that they are not.
+GUIDED = {
+    "sd3_pipeline": ({}, {"guidance_scale": 0.0}),
+    "flux_pipeline": ({"true_cfg_scale": 2.0}, {}),
+    "chroma_pipeline": ({}, {"guidance_scale": 0.0}),
+    "z_image_pipeline": ({}, {"guidance_scale": 0.0}),
+    "qwen_image_pipeline": ({}, {"true_cfg_scale": 1.0}),
+}
+
+
+@pytest.fixture
+def guided(request):
+    return GUIDED[request.node.callspec.params["pipe"]]
+
+
+@pytest.mark.parametrize("pipe", GUIDED, indirect=True)
 @pytest.mark.parametrize(
-    ("prompts", "arguments"),
-    [
-        (TOO_LONG, {}),
-        ([BEAR, TOO_LONG], {}),
-        ("a photo of a photo of a <my-bear>", {"max_sequence_length": 8}),
-        ([TOO_LONG], {"negative_prompt": [BEAR]}),
-        ([BEAR], {"negative_prompt": [TOO_LONG]}),
-        ([BEAR, BEAR, TOO_LONG], {"negative_prompt": BEAR}),
-    ],
+    ("prompts", "negative"), [([TOO_LONG], [BEAR]), ([BEAR], [TOO_LONG]), ([BEAR, TOO_LONG], [BEAR, BEAR])]
 )
-def test_a_token_that_falls_off_the_end_is_named(pipe, draw, concept, prompts, arguments, caplog):
-    if "negative_prompt" in arguments and "text_encoder_2" in pipe.components:
-        arguments = arguments | {"true_cfg_scale": 2.0}
+def test_a_token_that_falls_off_beside_a_negative_prompt_is_named(
+    pipe, draw, concept, guided, prompts, negative, warnings
+):
     pipe.load_perfusion(concept)
-    with caplog.at_level(logging.WARNING):
-        draw(prompts, num_inference_steps=1, **arguments)
-    assert caplog.text.count("<my-bear> falls off the end of a prompt") == 1
+    draw(prompts, negative_prompt=negative, num_inference_steps=1, **guided[0])
+    assert warnings("<my-bear>") == 1
 
 
+# Z-Image takes a negative prompt for each.
+@pytest.mark.parametrize("pipe", [name for name in GUIDED if name != "z_image_pipeline"], indirect=True)
+def test_a_negative_prompt_for_several(pipe, draw, concept, guided, warnings):
+    pipe.load_perfusion(concept)
+    draw([BEAR, BEAR], negative_prompt=BEAR, num_inference_steps=1, **guided[0])
+    assert warnings("<my-bear>") == 0
+    draw([BEAR, BEAR, TOO_LONG], negative_prompt=BEAR, num_inference_steps=1, **guided[0])
+    assert warnings("<my-bear>") == 1
+
+
+@pytest.mark.parametrize("pipe", GUIDED, indirect=True)
 @pytest.mark.parametrize("negative", [BEAR, TOO_LONG])
-def test_a_negative_prompt_that_is_not_read_loses_nothing(pipe, draw, concept, negative, caplog):
+def test_a_negative_prompt_that_is_not_read_loses_nothing(pipe, draw, concept, guided, negative, warnings):
     pipe.load_perfusion(concept)
-    with caplog.at_level(logging.WARNING):
-        draw([BEAR, BEAR], negative_prompt=negative, guidance_scale=0.0, num_inference_steps=1)
-        draw([BEAR, BEAR], negative_prompt=BEAR, num_inference_steps=1)
-    assert "falls off" not in caplog.text
+    draw([BEAR, BEAR], negative_prompt=negative, num_inference_steps=1, **guided[1])
+    assert warnings("<my-bear>") == 0
 
 
 @pytest.mark.parametrize("last", [0, 1, 2])
-def test_a_superclass_of_several_tokens_at_the_end(pipe, draw, concept, last):
-    """As many of its tokens as there is room for behind the rest, and the last one at least."""
-    before = " ".join(["a"] * (LENGTH - 2 - last))
-    plain = draw(f"{before} {'teddy bear' if last else 'bear'}")
+def test_a_superclass_of_several_tokens_at_the_end(pipe, length, draw, concept, last):
+    """As many of its tokens as there is room for behind the rest, and the last one at least.
+
+    Where text has no length of its own, all of them.
+    """
+    whole = family_of(pipe).follows_length
+    before = " ".join(["a"] * (WORDS - 1 - last))
+    plain = draw(f"{before} {'teddy bear' if last or whole else 'bear'}", max_sequence_length=length + whole)
     pipe.load_perfusion(concept)
     assert effect(draw(f"{before} <my-bear>"), plain) > 1e-3
     # CLIP, which begins with a token of its own, has one place less.
@@ -372,16 +439,30 @@ def test_a_superclass_of_several_tokens_at_the_end(pipe, draw, concept, last):
         assert torch.equal(draw(f"{before} <my-bear>"), plain)
 
 
-def test_of_two_concepts_at_the_end_the_first_is_named_where_it_falls_off(pipe, draw, concept, caplog):
+@pytest.fixture
+def two_at_the_end(pipe, draw, concept):
+    """Load a second concept, and draw both at the end of a prompt."""
     pipe.load_perfusion(concept)
     pipe.load_perfusion(without_embeddings(random_concept(pipe, "<other>", "teddy bear", 1)))
-    before = " ".join(["a"] * (LENGTH - 3))
-    with caplog.at_level(logging.WARNING):
-        both = draw(f"{before} <my-bear> <other>")
-    assert "<my-bear> falls off the end" in caplog.text
-    assert "<other> falls off the end" not in caplog.text
+    return lambda: draw(" ".join([*["a"] * (WORDS - 2), "<my-bear> <other>"]))
+
+
+@pytest.mark.parametrize("pipe", ["flux_pipeline", "klein_pipeline", "chroma_pipeline"], indirect=True)
+def test_of_two_concepts_at_the_end_the_first_is_named_where_it_falls_off(pipe, two_at_the_end, warnings):
+    both = two_at_the_end()
+    assert warnings("<my-bear>") == 1 and warnings("<other>") == 0
     with pipe.set_perfusion("other"):
-        assert torch.equal(draw(f"{before} <my-bear> <other>"), both)
+        assert torch.equal(two_at_the_end(), both)
+
+
+# CLIP has a place less, for the first of them; the others have one more for each.
+@pytest.mark.parametrize("pipe", ["sd3_pipeline", "z_image_pipeline", "qwen_image_pipeline"], indirect=True)
+def test_of_two_concepts_at_the_end_none_falls_off_where_there_is_room(pipe, two_at_the_end, warnings):
+    both = two_at_the_end()
+    assert warnings("<my-bear>") == warnings("<other>") == 0
+    for name in pipe.list_perfusion():
+        with pipe.set_perfusion(name):
+            assert effect(two_at_the_end(), both) > 1e-3
 
 
 # Several devices
