@@ -925,6 +925,17 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
     )
 
 
+def without_embeddings(concept):
+    """The concept as joint attention has it where no token embedding is trained."""
+    concept.token_embeddings = [torch.zeros_like(embedding) for embedding in concept.token_embeddings]
+    return concept
+
+
+def effect(one, other):
+    """The largest difference between two images."""
+    return float((one - other).abs().max())
+
+
 @pytest.fixture
 def make_concept(pipeline):
     """Make a random concept for `pipeline`."""

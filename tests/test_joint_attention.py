@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LENGTH, make_flux, random_concept
+from conftest import LENGTH, effect, make_flux, random_concept, without_embeddings
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
@@ -36,15 +36,9 @@ def concept(pipe):
 
     def make(word="<my-bear>", superclass="teddy bear", seed=0, embeddings=False, **fields):
         made = random_concept(pipe, word, superclass, seed, **fields)
-        if not embeddings:
-            made.token_embeddings = [torch.zeros_like(embedding) for embedding in made.token_embeddings]
-        return made
+        return made if embeddings else without_embeddings(made)
 
     return make
-
-
-def effect(one, other):
-    return float((one - other).abs().max())
 
 
 def hooks(model):

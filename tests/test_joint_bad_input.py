@@ -8,7 +8,7 @@ from inspect import signature
 import pytest
 import torch
 import torch.distributed
-from conftest import LENGTH, random_concept
+from conftest import LENGTH, effect, random_concept, without_embeddings
 from diffusers import (
     ContextParallelConfig,
     FirstBlockCacheConfig,
@@ -62,15 +62,6 @@ def draw(pipe, length, generate):
 @pytest.fixture
 def concept(pipe):
     return without_embeddings(random_concept(pipe, "<my-bear>", "teddy bear"))
-
-
-def without_embeddings(concept):
-    concept.token_embeddings = [torch.zeros_like(embedding) for embedding in concept.token_embeddings]
-    return concept
-
-
-def effect(one, other):
-    return float((one - other).abs().max())
 
 
 def value_hooks(model):

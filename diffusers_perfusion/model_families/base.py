@@ -90,7 +90,6 @@ class ModelFamily:
             the arguments `prompt`, `prompt_2`, … that they read.
         optional: names of the text encoders that a pipeline may do without.
         pooled_only: names of the text encoders that give a pooled vector alone.
-        position_encoder: index of the first text encoder whose hidden states the model gets.
         joint: whether text and image attend to each other in joint layers. Then the model gets the super-class prompt,
             and concepts are edited into values alone; see `JointFamily`.
         text_argument: name of a joint model's argument for the hidden states of text.
@@ -125,7 +124,6 @@ class ModelFamily:
     text_components: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
     optional: ClassVar[tuple[str, ...]] = ()
     pooled_only: ClassVar[tuple[str, ...]] = ()
-    position_encoder: ClassVar[int] = 0
     joint: ClassVar[bool] = False
     text_argument: ClassVar[str] = "encoder_hidden_states"
     mask_argument: ClassVar[str | None] = None
@@ -211,6 +209,11 @@ class ModelFamily:
         return next(iter(self.layers.values())).cross_attention_dim
 
     # Prompts
+
+    @property
+    def position_encoder(self) -> int:
+        """Index of the first text encoder whose hidden states the model gets."""
+        return next(number for number, part in enumerate(self.layout) if part.positions is not None)
 
     @property
     def widths(self) -> tuple[int, ...]:

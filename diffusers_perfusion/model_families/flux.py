@@ -21,12 +21,11 @@ class Flux(PackedFamily):
     model_classes = ("FluxTransformer2DModel",)
     text_components = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
     pooled_only = ("text_encoder",)
-    position_encoder = 1
 
     @property
     def width(self) -> int:
         """Width of T5's hidden states."""
-        return self.widths[self.position_encoder]
+        return self.widths[1]
 
     @property
     def layout(self) -> tuple[TextPart, ...]:

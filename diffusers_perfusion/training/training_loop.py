@@ -193,11 +193,12 @@ def _check_length(family: ModelFamily, image: TrainingImage, prompt: str, config
         token_positions(family, config.placeholder_token, ids)
     except ValueError as error:
         raise ValueError(f"{image.path}: {error}") from error
-    number = family.position_encoder
-    if torch.equal(ids[number], family.tokenize([prompt.rstrip()[:-1]])[number]):
+    shorter = family.tokenize([prompt.rstrip()[:-1]])
+    read = [both for part, *both in zip(family.layout, ids, shorter, strict=False) if part.positions is not None]
+    if all(torch.equal(*both) for both in read):
         logger.warning(
-            f"{image.path}: the caption is longer than the {ids[number].shape[1]} tokens that the text encoder reads, "
-            "so the image is not trained with the words at its end."
+            f"{image.path}: the caption is longer than the {max(one.shape[1] for one, _ in read)} tokens that the "
+            "text encoder reads, so the image is not trained with the words at its end."
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_LENGTH, random_concept
+from conftest import CHAT_LENGTH, effect, random_concept, without_embeddings
 from diffusers import Flux2Pipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, ZImageOmniPipeline
 
 from diffusers_perfusion import add_perfusion
@@ -38,15 +38,9 @@ def concept(pipe):
 
     def make(word="<my-bear>", superclass="teddy bear", seed=0, embeddings=False):
         made = random_concept(pipe, word, superclass, seed)
-        if not embeddings:
-            made.token_embeddings = [torch.zeros_like(embedding) for embedding in made.token_embeddings]
-        return made
+        return made if embeddings else without_embeddings(made)
 
     return make
-
-
-def effect(one, other):
-    return float((one - other).abs().max())
 
 
 @pytest.mark.parametrize(

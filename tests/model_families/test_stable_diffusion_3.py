@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LENGTH, make_sd3, random_concept
+from conftest import LENGTH, effect, make_sd3, random_concept, without_embeddings
 from diffusers import StableDiffusion3PAGPipeline, StableDiffusion3Pipeline
 
 from diffusers_perfusion import add_perfusion
@@ -33,19 +33,13 @@ def concept(pipe):
 
     def make(word="<my-bear>", superclass="teddy bear", seed=0, embeddings=False, **fields):
         made = random_concept(pipe, word, superclass, seed, **fields)
-        if not embeddings:
-            made.token_embeddings = [torch.zeros_like(embedding) for embedding in made.token_embeddings]
-        return made
+        return made if embeddings else without_embeddings(made)
 
     return make
 
 
 def drop_t5(pipe):
     pipe.text_encoder_3 = pipe.tokenizer_3 = None
-
-
-def effect(one, other):
-    return float((one - other).abs().max())
 
 
 def places(pipe, prompt, word=" bear"):

@@ -266,6 +266,14 @@ def test_a_caption_that_is_not_read_to_its_end_is_named(
     assert f"2.png: the caption is longer than the {LENGTH} tokens that the text encoder reads" in caplog.text
 
 
+def test_a_caption_that_one_of_three_text_encoders_reads_to_its_end_is_not_named(
+    sd3_pipeline, values_alone, images_folder, caplog
+):
+    (images_folder / "1.txt").write_text("a teddy bear" + " a" * LENGTH)  # T5 reads more than CLIP
+    train(sd3_pipeline, TrainingConfig(**values_alone | {"max_train_steps": 1}))
+    assert "the caption is longer" not in caplog.text
+
+
 def test_a_learning_rate_of_zero_that_saves_no_memory_is_told(pipeline, values_alone, caplog):
     train(pipeline, TrainingConfig(**values_alone | {"max_train_steps": 1}))
     assert "as Stable Diffusion has no joint attention its text encoders are needed at every step" in caplog.text
