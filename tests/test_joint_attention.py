@@ -263,6 +263,13 @@ def test_a_token_in_the_prompt_of_the_pooled_vector_alone_is_warned_of(pipe, dra
     )
 
 
+@pytest.mark.parametrize(("longest", "expected"), [(16, 16), (LENGTH, LENGTH), (10_000, 512)])
+def test_text_is_as_long_as_the_tokenizer_and_the_pipeline_allow(pipe, longest, expected):
+    pipe.tokenizer_2.model_max_length = longest
+    clip, t5 = family_of(pipe).tokenize([PLAIN])
+    assert (clip.shape[1], t5.shape[1]) == (LENGTH, expected)
+
+
 # Beside what else changes the layers
 
 

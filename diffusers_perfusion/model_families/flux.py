@@ -32,10 +32,6 @@ class Flux(PackedFamily):
         """CLIP's output is the pooled vector, and T5's the hidden states."""
         return TextPart(pooled=slice(None)), TextPart(slice(None))
 
-    def _max_length(self, tokenizer: Any) -> int | None:
-        is_clip = tokenizer is not self.tokenizers[self.position_encoder]
-        return tokenizer.model_max_length if is_clip else self.max_sequence_length
-
     def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encode token ids to T5's hidden states and CLIP's pooled vectors."""
         clip, t5 = (

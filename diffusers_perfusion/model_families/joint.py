@@ -28,6 +28,7 @@ class JointFamily(ModelFamily):
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     attention: ClassVar[str] = "attn"
     image_reader: ClassVar[str | None] = None
+    max_sequence_length: ClassVar[int] = 512
 
     def __init__(self, pipeline: Any):
         if self.image_reader is not None and hasattr(pipeline, self.image_reader):
@@ -65,6 +66,9 @@ class JointFamily(ModelFamily):
     def input_width(self) -> int:
         """`d`, the same."""
         return self.model_width
+
+    def _max_length(self, tokenizer: Any) -> int:
+        return min(tokenizer.model_max_length, self.max_sequence_length)
 
     def guidance(self, scale: float | None) -> dict[str, float]:
         """Return the arguments of a pipeline's call for a guidance scale; None for the pipeline's own.
@@ -110,7 +114,6 @@ class PackedFamily(JointFamily):
         position_axes: how many numbers a position has; the second and third are rows and columns of the image.
     """
 
-    max_sequence_length = 512
     latent_patch_size = 2
     position_axes: ClassVar[int] = 3
 

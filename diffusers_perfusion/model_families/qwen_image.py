@@ -41,7 +41,7 @@ class QwenImage(PackedFamily, UnpaddedFamily):
         return super()._tokens(tokenizer, [self._chat.format(prompt) for prompt in prompts], padding)
 
     def _max_length(self, tokenizer: Any) -> int:
-        return BEFORE_PROMPT + self.max_sequence_length
+        return BEFORE_PROMPT + super()._max_length(tokenizer)
 
     def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encode token ids behind the beginning of the chat, with zeros for padding."""

@@ -51,9 +51,6 @@ class StableDiffusion3(JointFamily):
         )
         return *clips, TextPart(slice(length, None))
 
-    def _max_length(self, tokenizer: Any) -> int | None:
-        return self.tokenizers[0].model_max_length if tokenizer in self.tokenizers[:2] else self.max_sequence_length
-
     def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encode token ids, with zeros in T5's place where there is none."""
         outputs = [

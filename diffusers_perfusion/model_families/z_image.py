@@ -21,7 +21,6 @@ class ZImage(UnpaddedFamily):
     text_argument = "cap_feats"
     text_behind_image = 32
     hidden_state_index = -2
-    max_sequence_length = 512
     latent_patch_size = 2
     default_resolution = 1024
 
