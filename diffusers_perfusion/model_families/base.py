@@ -349,6 +349,11 @@ class ModelFamily:
 
     # Images
 
+    @property
+    def text_length(self) -> int | None:
+        """The `max_sequence_length` of a pipeline's call that is as in training; None for the pipeline's own."""
+        return None
+
     def guidance(self, scale: float | None) -> dict[str, float]:
         """Return the arguments of a pipeline's call for a guidance scale; None for the paper's, 6."""
         return {"guidance_scale": 6.0 if scale is None else float(scale)}

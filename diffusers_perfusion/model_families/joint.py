@@ -70,6 +70,13 @@ class JointFamily(ModelFamily):
     def _max_length(self, tokenizer: Any) -> int:
         return min(tokenizer.model_max_length, self.max_sequence_length)
 
+    @property
+    def text_length(self) -> int:
+        """What the tokenizer of the last text encoder allows, which is the one that pipelines limit."""
+        if len(self.tokenizers) < len(self.text_components):  # it is not there
+            return self.max_sequence_length
+        return min(self.tokenizers[-1].model_max_length, self.max_sequence_length)
+
     def guidance(self, scale: float | None) -> dict[str, float]:
         """Return the arguments of a pipeline's call for a guidance scale; None for the pipeline's own.
 

@@ -209,9 +209,7 @@ def _share(pipeline: Any, config: TrainingConfig, accelerator: Any, repo_id: str
         text_encoder.to(accelerator.device)
     pipeline.load_perfusion(path, CONCEPT_NAME)
     try:
-        rows = generate(
-            pipeline, CONCEPT_NAME, config.validation_prompt, config.num_validation_images, config.seed, accelerator
-        )
+        rows = generate(pipeline, CONCEPT_NAME, config, accelerator)
     finally:
         pipeline.unload_perfusion()
     samples = [(prompt, image) for prompt, row in zip(config.validation_prompt, rows, strict=True) for image in row]

@@ -1,6 +1,6 @@
 """Validation images, from the pipeline that is in memory."""
 
-from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,38 @@ IMAGES_FOLDER = "validation"  # in the output folder
 
 
 @torch.no_grad()
-def generate(
-    pipeline: Any, name: str, prompts: Sequence[str], num_images: int, seed: int, accelerator: Any
-) -> list[list[Image.Image]]:
-    """Generate images with a loaded concept, at its own bias and temperature.
+def generate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any) -> list[list[Image.Image]]:
+    """Generate the validation prompts with a loaded concept, at its own bias and temperature.
+
+    The images are of the training's resolution, if it was given, and prompts no longer than in training.
 
     Args:
         pipeline: with the concept loaded; its settings are restored.
         name: of the concept.
-        prompts: to generate.
-        num_images: number of images per prompt.
-        seed: of the noise of each prompt.
+        config: prompts, number of images of each, seed of the noise of each, and resolution.
         accelerator: device and precision.
 
     Returns:
         The images of each prompt.
     """
+    family, parameters = family_of(pipeline), signature(pipeline.__call__).parameters
+    options: dict[str, Any] = family.guidance(None)
+    if config.resolution is not None and {"height", "width"} <= parameters.keys():
+        options |= {"height": config.resolution, "width": config.resolution}
+    length, longest = family.text_length, parameters.get("max_sequence_length")
+    if length is not None and longest is not None and length < longest.default:
+        options["max_sequence_length"] = length
     rows = []
     concept = registry_of(edited_model(pipeline)).loaded[name].concept  # type: ignore[union-attr]
     settings = pipeline.set_perfusion(name, bias=concept.bias, temperature=concept.temperature)
     with settings, accelerator.autocast():
-        for prompt in prompts:
+        for prompt in config.validation_prompt:
             images = pipeline(
-                prompt,
+                prompt=prompt,
                 num_inference_steps=INFERENCE_STEPS,
-                **family_of(pipeline).guidance(None),
-                num_images_per_prompt=num_images,
-                generator=torch.Generator(accelerator.device).manual_seed(seed),
+                num_images_per_prompt=config.num_validation_images,
+                generator=torch.Generator(accelerator.device).manual_seed(config.seed),
+                **options,
             ).images
             rows.append(images)
     return rows
@@ -62,14 +67,14 @@ def validate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any,
     Args:
         pipeline: with the concept loaded.
         name: of the concept.
-        config: prompts, number of images, seed and output folder.
+        config: as in `generate`, and output folder.
         accelerator: device, precision and trackers.
         step: number of optimizer steps done.
 
     Returns:
         The path of the PNG, which is `sheet_path`.
     """
-    rows = generate(pipeline, name, config.validation_prompt, config.num_validation_images, config.seed, accelerator)
+    rows = generate(pipeline, name, config, accelerator)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

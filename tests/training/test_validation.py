@@ -1,9 +1,12 @@
+from dataclasses import replace
+from functools import wraps
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from conftest import random_concept
+from conftest import LENGTH, random_concept
 from PIL import Image
 
 from diffusers_perfusion.training import TrainingConfig, validation
@@ -84,6 +87,55 @@ def test_a_sheet_with_a_row_for_each_prompt(run, pipeline, config):
             assert np.array_equal(sheet[16 * row : 16 * row + 16], np.concatenate([*map(np.asarray, images)], 1))
     assert not np.array_equal(sheet[:16, :16], sheet[:16, 16:32])
     assert np.array_equal(np.asarray(Image.open(run())), sheet)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Return a pipeline's keyword arguments in each of its calls."""
+
+    def watch(pipe):
+        seen, call = [], type(pipe).__call__
+
+        @wraps(call)
+        def seeing(self, *args, **kwargs):
+            seen.append(kwargs)
+            return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(pipe), "__call__", seeing)
+        return seen
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pipeline", {}),
+        ("flux_pipeline", {"max_sequence_length": LENGTH}),
+        ("sd3_pipeline", {"max_sequence_length": LENGTH}),
+        ("klein_pipeline", {}),  # whose tokenizer allows more than the pipeline
+    ],
+)
+@pytest.mark.parametrize("resolution", [None, 32])
+def test_images_and_texts_are_as_large_as_in_training(request, config, calls, name, expected, resolution):
+    pipe = request.getfixturevalue(name)
+    pipe.load_perfusion(random_concept(pipe), concept_name="concept")
+    seen = calls(pipe)
+    images = validation.generate(pipe, "concept", replace(config, resolution=resolution), Accelerator())
+    sizes = {} if resolution is None else {"height": 32, "width": 32}
+    given = ("height", "width", "max_sequence_length")
+    for arguments in seen:
+        assert {key: value for key, value in arguments.items() if key in given} == expected | sizes
+    assert len(seen) == len(PROMPTS)
+    assert resolution is None or {image.size for row in images for image in row} == {(32, 32)}
+
+
+def test_zeros_for_a_text_encoder_that_is_missing_are_as_many_as_ever(sd3_pipeline, config, calls):
+    sd3_pipeline.text_encoder_3 = sd3_pipeline.tokenizer_3 = None
+    sd3_pipeline.load_perfusion(random_concept(sd3_pipeline), concept_name="concept")
+    seen = calls(sd3_pipeline)
+    validate(sd3_pipeline, "concept", config, Accelerator(), 50)
+    assert seen and all("max_sequence_length" not in arguments for arguments in seen)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("pipeline", 6.0), ("flux_pipeline", 3.5), ("chroma_pipeline", 5.0)])
