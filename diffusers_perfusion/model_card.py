@@ -184,7 +184,7 @@ def _code(repo_id: str, entry: CardEntry) -> str:
             "",
             f"pipe = add_perfusion(DiffusionPipeline.from_pretrained({entry.header.base_model!a})).to(torch.float32)",
             f"pipe.load_perfusion({repo_id!a}{where})",
-            f"image = pipe({_prompt(entry)!a}).images[0]",
+            f"image = pipe(prompt={_prompt(entry)!a}).images[0]",
         ]
     )
 

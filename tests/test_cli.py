@@ -229,6 +229,15 @@ def test_the_guidance_of_joint_attention_is_the_pipeline_s_own(flux_pipeline, tm
     assert seen == [expected]
 
 
+def test_a_pipeline_whose_first_argument_is_an_image_gets_the_prompt(klein_pipeline, tmp_path):
+    klein_pipeline.save_pretrained(tmp_path / "klein")
+    path = random_concept(klein_pipeline).save(tmp_path / "cat.safetensors")
+    command = ["generate", "--pretrained_model_name_or_path", str(tmp_path / "klein"), "--num_inference_steps", "1"]
+    command += ["--concept", str(path), "--prompt", "a <my-cat>", "--output_dir", str(tmp_path / "images")]
+    assert main(command) == 0
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["00-a-my-cat.png"]
+
+
 def test_settings_of_generate_change_the_image(generate):
     def image(*arguments):
         (data,) = generate(*arguments).values()

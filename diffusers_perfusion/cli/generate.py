@@ -104,7 +104,7 @@ def generate(
         options["negative_prompt"] = negative_prompt
     paths = []
     for text in tqdm(prompt, desc="Prompts"):
-        images = pipeline(text, generator=torch.Generator(device).manual_seed(seed), **options).images
+        images = pipeline(prompt=text, generator=torch.Generator(device).manual_seed(seed), **options).images
         number = _next_number(output_dir)
         for image_number, image in enumerate(images):
             suffix = f"-{image_number}" if len(images) > 1 else ""

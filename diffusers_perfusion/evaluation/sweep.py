@@ -374,7 +374,7 @@ def _generate(pipeline: Any, folder: Path, batch: Sequence[_Task], **options: An
     """Generate one batch, and write each image whole or not at all."""
     pipeline.set_perfusion(bias=batch[0].bias, temperature=batch[0].temperature)
     images = pipeline(
-        [task.prompt for task in batch],
+        prompt=[task.prompt for task in batch],
         **options,
         # On the CPU, so that every device starts from the same noise.
         generator=[torch.Generator().manual_seed(task.seed) for task in batch],

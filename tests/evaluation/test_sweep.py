@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random_concept
 from PIL import Image
 
 from diffusers_perfusion import PerfusionConcept
@@ -97,6 +98,19 @@ def test_an_image_is_what_the_pipeline_generates(run, pipeline, concept, tmp_pat
     expected = pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=3.0, generator=generator).images[0]
     with Image.open(path) as image:
         assert image.tobytes() == expected.tobytes()
+
+
+def test_a_pipeline_whose_first_argument_is_an_image_gets_the_prompts(klein_pipeline, tmp_path):
+    settings = {"biases": [0.5], "seeds": [3], "num_inference_steps": 1, "accelerator": Processes(0, 1)}
+    found = sweep(
+        klein_pipeline,
+        random_concept(klein_pipeline),
+        PixelMetrics(),
+        PROMPTS,
+        output_dir=tmp_path / "sweep",
+        **settings,
+    )
+    assert len(found.rows) == 1
 
 
 def test_rows_are_the_means_of_their_images(run, tmp_path):
