@@ -55,7 +55,8 @@ class Edit:
         coef: similarity of hidden states to these, of `rank_one_edit.similarities`, `(batch, length, J)`.
         gate: of `rank_one_edit.gates`, `(batch, length, J)`.
         inputs: what layers project instead of their hidden states, of `rank_one_edit.fade`, `(batch, length, d)`;
-            None for the hidden states as they are. Under joint attention it is what the model gets.
+            None for the hidden states as they are. Under joint attention what the model gets, of
+            `rank_one_edit.moved`.
         pooled: the pooled vectors that the model gets instead of its own, `(batch, d_pooled)`; None for its own.
         longer: by how many tokens the text that the model gets is longer in each row than its own, whose mask it has.
         superclass_prompt: hidden states of the super-class prompts, `(batch, length, d)`, which all keys are computed

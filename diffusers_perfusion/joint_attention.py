@@ -1,10 +1,12 @@
 """The edit in joint attention: target outputs are added to the values of text tokens.
 
 In a joint model text goes through every block beside the image, so that its keys and values follow the image and the
-timestep, and no target output can stand for a value. Keys and queries of text are locked because the model gets the
-super-class prompt; the values at the placeholder token become
+timestep, and no target output can stand for a value. The model gets the super-class prompt, whose hidden states at the
+super-class's last token and values there become, with g = σ((1 − β)/τ),
 
-    V + σ((1 − β)/τ) · o*
+    e + g (i* − i_super)        V + g o*
+
+So keys and queries of text are those of the super-class but for what i* learns.
 
 The edit is in forward hooks on the modules that compute values, and not in attention processors. So it does not matter
 which processor and attention backend the user has chosen, and a LoRA, quantisation or offloading in these modules is

@@ -5,7 +5,7 @@ import itertools
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -184,6 +184,11 @@ class PlaceholderTokens:
                 f"the token embedding of {token!r} has {len(embedding)} numbers, but those of this text encoder "
                 f"({type(self.text_encoder).__name__}) have {width}; the concept was trained with another text encoder"
             )
+        if self.family.joint and embedding.any():
+            raise ValueError(
+                f"{token!r} has a token embedding, but in models with joint attention a concept has a hidden state of "
+                "its own instead; train it on this model"
+            )
         largest = embedding.abs().max()
         if table.dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
             raise ValueError(
@@ -194,8 +199,8 @@ class PlaceholderTokens:
     def add(self, owner: Hashable, token: str, embedding: Tensor, superclass: str) -> int:
         """Give an owner a placeholder token. `embedding` may be a parameter: gradients flow to it alone.
 
-        In families with joint attention, one of zeros is none: the model gets the super-class prompt, and prompts are
-        encoded with the token only to be told from others.
+        In families with joint attention there is none: the model gets the super-class prompt, and prompts are encoded
+        with the token only to be told from others.
 
         Returns:
             The version of the embedding, by which prompts that were encoded with it are told from others.
@@ -210,7 +215,7 @@ class PlaceholderTokens:
                 self._entries[owner] = {}
                 weakref.finalize(owner, _forget_owner, weakref.ref(self))
             known = [entries[token] for entries in self._entries.values() if token in entries]
-            learned = None if self.family.joint and not embedding.any() else embedding
+            learned = None if self.family.joint else embedding
             # Copies of one model have the same concept.
             same = [entry.version for entry in known if _are_same(entry.embedding, learned)]
             version = same[0] if same else next(_VERSIONS)
@@ -388,20 +393,6 @@ class PlaceholderTokens:
                 token = tokens[token_id]
                 found[token] = (*found.get(token, ()), position)
         return found
-
-    def are_without_embedding(self, tokens: Collection[str]) -> bool:
-        """Return whether the tokens of a prompt have no embeddings.
-
-        Raises:
-            ValueError: if some have one and others have none.
-        """
-        without = [token for token in tokens if self._entry(token).embedding is None]
-        if without and len(without) < len(tokens):
-            raise ValueError(
-                f"{', '.join(without)} has no token embedding and {', '.join(set(tokens) - set(without))} has one; "
-                "concepts that were trained differently do not go into one prompt"
-            )
-        return bool(without)
 
     def superclass_prompt(self, input_ids: Sequence[int]) -> SuperclassPrompt:
         """Return the token ids of a prompt with the super-class in place of each placeholder token."""

@@ -45,7 +45,7 @@ class Prompt:
         tokens: positions of each placeholder token in the row that the model gets; empty for a prompt without any.
             Without positions where only the user knows what is in a row.
         superclass: the super-class prompt; None where only the user knows what is in a row.
-        replaced: whether the model gets the super-class prompt instead, because its tokens have no embeddings.
+        replaced: whether the model gets the super-class prompt instead, as under joint attention.
         attention_mask: `(length,)`, or None.
         clip_skip: as in `ModelFamily.possible_hidden_states`.
         kept: the positions of the super-class prompt in the text encoder's output that belong to the row, or that the
@@ -161,7 +161,7 @@ class PromptTracker:
                 ids = ids[: int(mask.sum())]
             kept = self.family.kept_positions(len(ids), max_length)
             positions_of = tokens.positions(ids)
-            replaced = tokens.are_without_embedding(positions_of)
+            replaced = self.family.joint and bool(positions_of)
             superclass = tokens.superclass_prompt(ids)
             superclass_kept = tuple(superclass.places[position] for position in kept)
             places = {position: place for place, position in enumerate(kept)}

@@ -101,6 +101,17 @@ def fade(e: Tensor, e_super: Tensor, gate: Tensor) -> Tensor:
     return (e_super + g * (e.float() - e_super.float())).to(e.dtype)
 
 
+def moved(e_super: Tensor, gate: Tensor, learned: Tensor) -> Tensor:
+    """Return hidden states of super-class prompts with what concepts learned added at their tokens: `e_super + g δ`.
+
+    Args:
+        e_super: hidden states of super-class prompts, `(..., length, d)`.
+        gate: from `gates`, `(..., length, J)`.
+        learned: `δ = i* − i_super` of each concept, `(J, d)`.
+    """
+    return (e_super.float() + gate.float() @ learned.float()).to(e_super.dtype)
+
+
 def edit(h: Tensor, coef: Tensor, gate: Tensor, w_i: Tensor, o: Tensor) -> Tensor:
     """Edit the output of one projection: `W e + Σ_j gate_j (o_j − coef_j W i_j)`.
 

@@ -24,7 +24,7 @@ from .connections import Connection, Row
 from .model_families import ModelFamily
 from .placeholder_tokens import PlaceholderTokens
 from .prompt_tracking import Prompt, PromptTracker, RowMemory
-from .rank_one_edit import fade, find_tokens, gates, similarities
+from .rank_one_edit import fade, find_tokens, gates, moved, similarities
 
 logger = logging.get_logger(__name__)
 
@@ -468,17 +468,20 @@ class ConceptRegistry:
                 entry.concept = entry.concept.to(inputs.device)
             entry.bias, entry.temperature = entry.bias.to(inputs.device), entry.temperature.to(inputs.device)
         coef, gate = self._coefficients(inputs, order, rows)
-        replaced = [number for number in rows if (row := recognised[number]) is not None and row.is_superclass_prompt]
-        if superclass_prompt is not None and replaced:
-            inputs = inputs.clone()
-            inputs[replaced] = superclass_prompt[replaced]
+        new_inputs: Tensor | None = None
+        if self.joint:
+            concepts = [entry.concept for entry in entries]
+            learned = torch.stack([c.target_input.float() - c.superclass_input.float() for c in concepts])
+            new_inputs = moved(inputs if superclass_prompt is None else superclass_prompt, gate, learned)
+        elif superclass_prompt is not None:
+            new_inputs = fade(inputs, superclass_prompt, gate)
         return Edit(
             concepts=tuple(entry.concept for entry in entries),
             superclass_input=torch.stack([entry.concept.superclass_input.float() for entry in entries]),
             coef=coef,
             gate=gate,
-            inputs=None if superclass_prompt is None else fade(inputs, superclass_prompt, gate),
-            pooled=None if pooled is None or given is not None else self._faded_pooled(pooled, gate),
+            inputs=new_inputs,
+            pooled=None if pooled is None or given is not None else self._superclass_pooled(pooled),
             longer=tuple(0 if row is None else row.longer for row in recognised),
             superclass_prompt=superclass_prompt if self.locking == "global" else None,
             repeats_rows=self.repeats_rows,
@@ -525,27 +528,21 @@ class ConceptRegistry:
             superclass_prompt[number, : len(found)] = found
         return self._project(superclass_prompt)
 
-    def _faded_pooled(self, pooled: Tensor, gate: Tensor) -> Tensor:
-        """Return pooled vectors `(batch, d_pooled)` between those of the prompts and of their super-class prompts.
+    def _superclass_pooled(self, pooled: Tensor) -> Tensor:
+        """Return pooled vectors `(batch, d_pooled)`, with those of super-class prompts where a prompt has a token.
 
-        Those of prompts that nobody knows stay as they are. Raises ValueError as `_superclass_prompt`.
-
-        Args:
-            pooled: of all rows, as the model gets them.
-            gate: of the concepts, `(batch, length, J)`.
+        Raises:
+            ValueError: as `_superclass_prompt`.
         """
-        faded = pooled.clone()
-        for number, (vector, highest) in enumerate(zip(pooled, gate.amax((-2, -1)), strict=True)):
+        found = pooled.clone()
+        for number, vector in enumerate(pooled):
             row = self._recognise(vector)
-            if row is None or not row.tokens:
-                continue
-            found = row.superclass_row(vector)
-            if found is None and row.is_superclass_prompt:
-                raise ValueError(_GONE)
-            if found is not None:
-                g = 0 if row.is_superclass_prompt else highest
-                faded[number] = found + g * (vector.float() - found.float())
-        return faded
+            if row is not None and row.tokens:
+                superclass = row.superclass_row(vector)
+                if superclass is None:
+                    raise ValueError(_GONE)
+                found[number] = superclass
+        return found
 
     def _coefficients(
         self, inputs: Tensor, order: Sequence[str], rows: Mapping[int, Mapping[str, tuple[int, ...]]]

@@ -905,6 +905,8 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
     i_super = superclass_input(family, superclass)
     i_star = i_super + 0.3 * random(len(i_super))
     embeddings = [random(model.get_input_embeddings().embedding_dim) for model in family.text_encoders]
+    if family.joint:  # where tokens have none
+        embeddings = [torch.zeros_like(embedding) for embedding in embeddings]
     return PerfusionConcept(
         **{
             "placeholder_token": word,
@@ -923,12 +925,6 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
             **fields,
         }
     )
-
-
-def without_embeddings(concept):
-    """The concept as joint attention has it where no token embedding is trained."""
-    concept.token_embeddings = [torch.zeros_like(embedding) for embedding in concept.token_embeddings]
-    return concept
 
 
 def effect(one, other):

@@ -415,7 +415,7 @@ COMPONENTS = {
     "Qwen-Image": "qwen_image_components",
 }
 
-# How keys are locked. Joint attention locks them always, and most of all without token embeddings.
+# How keys are locked. Joint attention locks them always, and most of all where values alone are learned.
 JOINT = "Stable Diffusion 3", "Flux", "Chroma", "FLUX.2 klein", "Z-Image", "Qwen-Image"
 LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, ("local", "values alone"))
 
@@ -423,7 +423,7 @@ LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, 
 def concept_for(pipe, locking):
     concept = random_concept(pipe)
     if locking == "values alone":
-        concept.token_embeddings = [torch.zeros_like(embedding) for embedding in concept.token_embeddings]
+        concept.target_input = concept.superclass_input
     return concept
 
 

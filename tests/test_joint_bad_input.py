@@ -8,7 +8,7 @@ from inspect import signature
 import pytest
 import torch
 import torch.distributed
-from conftest import LENGTH, effect, random_concept, without_embeddings
+from conftest import LENGTH, effect, random_concept
 from diffusers import (
     ContextParallelConfig,
     FirstBlockCacheConfig,
@@ -61,7 +61,7 @@ def draw(pipe, length, generate):
 
 @pytest.fixture
 def concept(pipe):
-    return without_embeddings(random_concept(pipe, "<my-bear>", "teddy bear"))
+    return random_concept(pipe, "<my-bear>", "teddy bear")
 
 
 def value_hooks(model):
@@ -87,7 +87,7 @@ def test_concepts_of_other_families_are_refused(request, pipe, other):
     with pytest.raises(ValueError, match=r"<my-bear>' (edits hidden states of width|has \d token embeddings, but)"):
         pipe.load_perfusion(concept)
     assert registry_of(pipe.transformer) is None and not value_hooks(pipe.transformer)
-    concept = without_embeddings(random_concept(pipe, "<my-bear>", "teddy bear"))
+    concept = random_concept(pipe, "<my-bear>", "teddy bear")
     with pytest.raises(ValueError, match=r"'<my-bear>' (edits hidden states of width|has \d token embeddings, but)"):
         foreign.load_perfusion(concept)
 
@@ -234,7 +234,7 @@ def test_concepts_are_in_what_caches_keep(flux_pipeline, generate, cache, proces
     pipe.transformer.enable_cache(CACHES[cache]())
     plain = draw(PLAIN)
     assert effect(plain, uncached) > 1e-3 or cache in ("SeaCache", "TextKVCache")  # these keep nothing of Flux
-    pipe.load_perfusion(without_embeddings(random_concept(pipe, "<my-bear>", "teddy bear")))
+    pipe.load_perfusion(random_concept(pipe, "<my-bear>", "teddy bear"))
     if processor == "Calling":
         for layer in family_of(pipe).layers.values():
             layer.set_processor(Calling(layer.processor))
@@ -324,7 +324,7 @@ def test_a_pooled_superclass_prompt_that_is_gone_is_an_error(flux_pipeline, gene
     monkeypatch.setattr("diffusers_perfusion.prompt_tracking.MAX_SUPERCLASS_PROMPTS", 1)
     pipe = flux_pipeline
     draw = partial(generate, [BEAR], pipe=pipe, height=16, width=16, max_sequence_length=LENGTH)
-    pipe.load_perfusion(without_embeddings(random_concept(pipe, "<my-bear>", "teddy bear")))
+    pipe.load_perfusion(random_concept(pipe, "<my-bear>", "teddy bear"))
     first = embeddings_of(pipe, BEAR, LENGTH)
     embeddings_of(pipe, "the <my-bear>", LENGTH)
     clip = registry_of(pipe.transformer)._connections[0].trackers[0]
@@ -434,7 +434,7 @@ def test_a_superclass_of_several_tokens_at_the_end(pipe, length, draw, concept, 
 def two_at_the_end(pipe, draw, concept):
     """Load a second concept, and draw both at the end of a prompt."""
     pipe.load_perfusion(concept)
-    pipe.load_perfusion(without_embeddings(random_concept(pipe, "<other>", "teddy bear", 1)))
+    pipe.load_perfusion(random_concept(pipe, "<other>", "teddy bear", 1))
     return lambda: draw(" ".join([*["a"] * (WORDS - 2), "<my-bear> <other>"]))
 
 
@@ -469,7 +469,7 @@ def two_processes():
 
 @pytest.fixture
 def flux(flux_pipeline):
-    return flux_pipeline, without_embeddings(random_concept(flux_pipeline, "<my-bear>", "teddy bear"))
+    return flux_pipeline, random_concept(flux_pipeline, "<my-bear>", "teddy bear")
 
 
 @pytest.mark.parametrize("first", ["concept", "parallel"])

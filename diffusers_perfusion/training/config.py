@@ -129,8 +129,8 @@ class TrainingConfig:
     train_temperature: float = _option("training", "Temperature of the gate during training.", 0.1)
     embedding_learning_rate: float = _option(
         "training",
-        "Learning rate of the token embedding. With 0, a model with joint attention is trained without one, and its "
-        "text encoders leave the device; other models keep theirs there, and the embedding as it begins.",
+        "Learning rate of the token embedding; in models with joint attention of its hidden state, in units of the "
+        "median of the super-class's. With 0 it stays as it begins.",
         0.006,
     )
     value_learning_rate: float = _option("training", "Learning rate of the target outputs.", 0.03)

@@ -48,13 +48,16 @@ def load_embeddings(path: str | os.PathLike) -> list[Tensor]:
 def initial_embeddings(family: ModelFamily, config: TrainingConfig) -> list[Tensor]:
     """Return the initial `v*` of each text encoder: from the file, or of the super-class's last token.
 
+    In joint attention, where none is learned, they are zeros.
+
     Raises:
         FileNotFoundError: as `load_embeddings`.
         ValueError: as `load_embeddings`, or if a tokenizer does not know the super-class.
     """
     if config.initial_embedding:
         return load_embeddings(config.initial_embedding)
-    return superclass_embeddings(family, config.superclass)
+    embeddings = superclass_embeddings(family, config.superclass)
+    return [torch.zeros_like(vector) for vector in embeddings] if family.joint else embeddings
 
 
 @torch.no_grad()

@@ -48,8 +48,8 @@ _RECORDED = (
 class PerfusionTrainer:
     """A concept on a pipeline, of which only `v*` and the `o*_V` have gradients (paper Section 4).
 
-    In joint attention with a learning rate of 0 for `v*`, there is none: the model is trained with the super-class
-    prompts, which are encoded once, and only the `o*_V` have gradients. The text encoders then leave the device.
+    In joint attention `i*` is trained instead of `v*`, unless its learning rate is 0: the model gets the super-class
+    prompts, which are encoded once, and the text encoders leave the device.
 
     Everything random in a step follows from the seed and the number of the step, for the batch of all processes at
     once. So a training can be resumed at any step, and two processes train as one with twice the batch size.
@@ -78,8 +78,6 @@ class PerfusionTrainer:
         self.schedule = noise_schedule(pipeline.scheduler)
         self.family = family_of(pipeline)
         self.model = self.family.model
-        fixed = not config.embedding_learning_rate and not config.initial_embedding
-        self._values_alone = self.family.joint and fixed
         self.concept = self._load_initial_concept()
         templates = [template.format(config.placeholder_token) for template in TEMPLATES]
         # Of each image: the number of its own prompt, or -1.
@@ -91,19 +89,18 @@ class PerfusionTrainer:
         self._tokens_of_prompt = [{config.placeholder_token: places} for places in positions]
         self.prompt_ids = [ids.to(accelerator.device) for ids in prompt_ids]
         self._encoding: PromptEncoding | None = None
-        if self._values_alone:
-            self._encoding = self._encode_superclass_prompts(prompt_ids)
-
-        embeddings, outputs = self.concept.token_embeddings, self.concept.target_outputs
-        if self._values_alone:
-            embeddings = []
-        self.parameters = {f"token_embeddings.{number}": embedding for number, embedding in enumerate(embeddings)} | {
-            f"target_outputs.{layer}": output for layer, output in outputs.items()
-        }
         self._learning_rates = [config.value_learning_rate, config.embedding_learning_rate]
+        inputs = {f"token_embeddings.{number}": vector for number, vector in enumerate(self.concept.token_embeddings)}
+        if self.family.joint:
+            self._encoding = self._encode_superclass_prompts(prompt_ids)
+            inputs = {"target_input": self.concept.target_input} if config.embedding_learning_rate else {}
+            # Text encoders differ in the size of their hidden states, and some have few numbers that are far larger.
+            self._learning_rates[1] *= float(self.concept.superclass_input.abs().median())
+        outputs = {f"target_outputs.{layer}": output for layer, output in self.concept.target_outputs.items()}
+        self.parameters = inputs | outputs
         if config.scale_lr:
             self._learning_rates = [rate * self._total_batch_size for rate in self._learning_rates]
-        adam = torch.optim.Adam([{"params": list(outputs.values())}, {"params": embeddings}])
+        adam = torch.optim.Adam([{"params": list(outputs.values())}, {"params": list(inputs.values())}])
         # Only its function of the step is used, so it has no state to resume.
         self._lr_factor = get_scheduler(
             config.lr_scheduler,
@@ -117,7 +114,7 @@ class PerfusionTrainer:
             torch.compiler.reset()  # earlier trainings in this process count towards torch's limit of recompilations
             self._compiled_model = torch.compile(self.model)
         self._checked = False
-        if self._values_alone:
+        if self.family.joint:
             self._move_text_encoders("cpu")
         self.model.to(accelerator.device)  # now, or the two might not fit there together
 
@@ -140,8 +137,8 @@ class PerfusionTrainer:
         ]
         if config.initial_embedding is not None:
             i_start = token_input(self.family, config.placeholder_token, embeddings, config.superclass)
-        if self._values_alone:
-            embeddings = [torch.zeros_like(vector) for vector in embeddings]
+        if self.family.joint:
+            i_start = nn.Parameter(i_start.clone())
         with torch.no_grad():
             outputs = self.family.initial_outputs(i_start.to(self.model.dtype))
         pipeline.load_perfusion(
@@ -194,7 +191,7 @@ class PerfusionTrainer:
         try:
             yield
         finally:
-            if self._values_alone:
+            if self.family.joint:
                 self._move_text_encoders("cpu")
 
     def step(self, index: int) -> Tensor:
@@ -325,7 +322,9 @@ class PerfusionTrainer:
         Raises:
             RuntimeError: if the training diverged, to numbers that no concept file holds.
         """
-        if not self._values_alone:
+        if self.family.joint:
+            self.concept.inverse_target_input = self._inverse(self.concept.target_input.detach())
+        else:
             # i*, the mean hidden state at the placeholder token.
             positions = torch.tensor([places[0] for prompt in self._tokens_of_prompt for places in prompt.values()])
             with torch.no_grad(), self._registry.paused_tracking():

@@ -94,6 +94,11 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
             f"embedding_learning_rate is 0: the token embedding stays as it begins, and as {family.name} has no joint "
             "attention its text encoders are needed at every step, so this saves no memory."
         )
+    if family.joint and config.initial_embedding:
+        raise ValueError(
+            f"initial_embedding is of a token embedding, but {family.name} has joint attention, where a hidden state "
+            "is learned instead; train without it"
+        )
     # Raises if this model has no such loss.
     snr_weights(noise_schedule(pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
     if accelerator.is_main_process:

@@ -210,7 +210,7 @@ def joint_layers(model):
 
 
 def joint_perfusion(model, inputs):
-    """Train values alone; return the trained tensors."""
+    """Train the target outputs, beside which what a hidden state adds is nothing; return the trained tensors."""
     layers = joint_layers(model)
     widths = {name: layer.inner_dim for name, layer in layers.items()}
     concept = Trained(widths, TEXT_TOKENS, model.config.joint_attention_dim)

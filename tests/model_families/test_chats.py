@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_LENGTH, effect, random_concept, without_embeddings
+from conftest import CHAT_LENGTH, effect, random_concept
 from diffusers import Flux2Pipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, ZImageOmniPipeline
 
 from diffusers_perfusion import add_perfusion
@@ -34,11 +34,10 @@ def draw(pipe, generate):
 
 @pytest.fixture
 def concept(pipe):
-    """Make a random concept; without token embeddings unless they are asked for."""
+    """Make a random concept."""
 
-    def make(word="<my-bear>", superclass="teddy bear", seed=0, embeddings=False):
-        made = random_concept(pipe, word, superclass, seed)
-        return made if embeddings else without_embeddings(made)
+    def make(word="<my-bear>", superclass="teddy bear", seed=0):
+        return random_concept(pipe, word, superclass, seed)
 
     return make
 
@@ -94,14 +93,6 @@ def test_values_are_edited_at_the_last_token_of_the_superclass_alone(pipe, draw,
         expected[0, image + place, sites[name].start : sites[name].stop] = gate * made.target_outputs[name]
         torch.testing.assert_close(after - before, expected, atol=1e-5, rtol=1e-4)
         assert torch.equal(after[1], before[1])
-
-
-def test_learned_token_embeddings_fade_with_the_gate(pipe, draw, concept):
-    plain = draw("a cat on the beach")
-    pipe.load_perfusion(concept("<my-cat>", "cat", embeddings=True))
-    assert effect(draw("a <my-cat> on the beach"), plain) > 1e-3
-    pipe.set_perfusion(bias=2.0, temperature=0.01)
-    torch.testing.assert_close(draw("a <my-cat> on the beach"), plain, atol=1e-5, rtol=1e-4)
 
 
 def test_a_token_that_falls_off_the_end_is_warned_of(pipe, draw, concept, caplog):
@@ -258,7 +249,7 @@ def test_a_token_of_letters_that_is_not_read_is_warned_of(qwen_image_pipeline, g
 def test_the_mask_is_that_of_the_superclass_prompt(qwen_image_pipeline, generate):
     """None where it is alone; it makes the text longer where it becomes the longest."""
     pipe, masks = qwen_image_pipeline, []
-    pipe.load_perfusion(random_concept(pipe, "<my-bear>", "teddy bear", token_embeddings=[torch.zeros(16)]))
+    pipe.load_perfusion(random_concept(pipe, "<my-bear>", "teddy bear"))
     pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: masks.append(kwargs["encoder_hidden_states_mask"]), with_kwargs=True
     )

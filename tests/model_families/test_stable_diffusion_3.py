@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LENGTH, effect, make_sd3, random_concept, without_embeddings
+from conftest import LENGTH, effect, make_sd3, random_concept
 from diffusers import StableDiffusion3PAGPipeline, StableDiffusion3Pipeline
 
 from diffusers_perfusion import add_perfusion
@@ -29,11 +29,10 @@ def draw(pipe, generate):
 
 @pytest.fixture
 def concept(pipe):
-    """Make a random concept; without token embeddings unless they are asked for."""
+    """Make a random concept."""
 
-    def make(word="<my-bear>", superclass="teddy bear", seed=0, embeddings=False, **fields):
-        made = random_concept(pipe, word, superclass, seed, **fields)
-        return made if embeddings else without_embeddings(made)
+    def make(word="<my-bear>", superclass="teddy bear", seed=0, **fields):
+        return random_concept(pipe, word, superclass, seed, **fields)
 
     return make
 
@@ -103,25 +102,24 @@ def test_a_superclass_of_another_length_in_each_tokenizer(pipe, draw, concept, e
     assert found == [[[1 + clip, LENGTH + t5]]] and clip != t5  # behind the start and "a"; behind CLIP and "a"
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("name", ["prompt", "prompt_2", "prompt_3"])
-def test_a_token_in_one_of_three_prompts(pipe, draw, concept, edited_places, caplog, name, embeddings):
+def test_a_token_in_one_of_three_prompts(pipe, draw, concept, edited_places, caplog, name):
     others = {other: [OTHER] for other in ("prompt", "prompt_2", "prompt_3") if other != name}
 
     def run(prompt, **arguments):
         return draw(prompt, **others | {name: [prompt]} | arguments)
 
     plain = run(PLAIN)
-    pipe.load_perfusion(concept(embeddings=embeddings))
+    pipe.load_perfusion(concept())
     with caplog.at_level(logging.WARNING):
         edited = run(BEAR)
         with pipe.set_perfusion(bias=2.0, temperature=0.01):
             closed = run(BEAR)
     assert effect(edited, plain) > 1e-3 and not caplog.text
-    assert embeddings or torch.equal(closed, plain)
+    assert torch.equal(closed, plain)
     found = edited_places()
     run(BEAR, num_inference_steps=1, guidance_scale=1.0)
-    clip, t5 = places(pipe, BEAR, "<my-bear>") if embeddings else places(pipe, PLAIN)
+    clip, t5 = places(pipe, PLAIN)
     assert found == [[[t5 if name == "prompt_3" else clip]]]
 
 
@@ -179,11 +177,10 @@ def test_t5_that_comes_when_concepts_are_loaded(pipe, draw, concept):
 
 
 def test_concepts_without_an_embedding_for_t5_are_not_for_pipelines_with_it(pipe, draw, concept):
-    for embeddings in (False, True):
-        made = concept(embeddings=embeddings)
-        made.token_embeddings = made.token_embeddings[:2]
-        with pytest.raises(ValueError, match="has 2 token embeddings, but this pipeline has 3 text encoders"):
-            pipe.load_perfusion(made)
+    made = concept()
+    made.token_embeddings = made.token_embeddings[:2]
+    with pytest.raises(ValueError, match="has 2 token embeddings, but this pipeline has 3 text encoders"):
+        pipe.load_perfusion(made)
     drop_t5(pipe)
     plain = draw(BEAR)
     pipe.load_perfusion(made)
