@@ -201,7 +201,7 @@ class PerfusionLoaderMixin(PipelineCompatMixin):
         if locking == "global" and registry.joint:
             raise ValueError(
                 f"locking='global' is not for {type(edited_model(self)).__name__}: its text and image attend to each "
-                "other, so that all keys of text are those of the super-class prompt already; expected 'local'"
+                "other, and it gets the super-class prompt already; expected 'local'"
             )
 
         before = ExitStack()

@@ -132,16 +132,16 @@ def _prepare_joint(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         registry.clear_edit()
         raise RuntimeError(_DISTRIBUTED.format(type(model).__name__))
     hook_values(registry, registry.layers)  # projections may have been fused since
-    if edit.inputs is not None:
-        kwargs[registry.text_argument] = edit.inputs
-        if not isinstance(text, Tensor):
-            lengths = [len(row) + more for row, more in zip(text, edit.longer, strict=True)]
-            kwargs[registry.text_argument] = [row[:end] for row, end in zip(edit.inputs, lengths, strict=True)]
+    inputs: Any = edit.inputs
+    if not isinstance(text, Tensor):
+        lengths = [len(row) + more for row, more in zip(text, edit.longer, strict=True)]
+        inputs = [row[:end] for row, end in zip(inputs, lengths, strict=True)]
+    kwargs[registry.text_argument] = inputs
     if edit.pooled is not None:
         kwargs["pooled_projections"] = edit.pooled
     if registry.mask_argument is not None and any(edit.longer):
-        length = kwargs[registry.text_argument].shape[1]
-        kwargs[registry.mask_argument] = _lengthened(kwargs.get(registry.mask_argument), text, length, edit.longer)
+        mask = kwargs.get(registry.mask_argument)
+        kwargs[registry.mask_argument] = _lengthened(mask, text, inputs.shape[1], edit.longer)
     return (), kwargs
 
 

@@ -499,14 +499,6 @@ def cosmos_components(t5_tokenizer_folder):
     }
 
 
-@pytest.fixture
-def cosmos_pipeline(cosmos_components):
-    """A tiny Cosmos pipeline that loads concepts."""
-    pipeline = add_perfusion(Cosmos2TextToImagePipeline(**cosmos_components))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def make_flux(guidance_embeds=False):
     torch.manual_seed(0)
     return FluxTransformer2DModel(
@@ -564,14 +556,6 @@ def chroma_components(flux_components):
         "transformer": transformer,
         "scheduler": flux_components["scheduler"],
     }
-
-
-@pytest.fixture
-def chroma_pipeline(chroma_components):
-    """A tiny Chroma pipeline that loads concepts."""
-    pipeline = add_perfusion(ChromaPipeline(**chroma_components))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 CHAT_TEMPLATE = (
@@ -686,14 +670,6 @@ def klein_components(qwen_tokenizer_folder):
 
 
 @pytest.fixture
-def klein_pipeline(klein_components):
-    """A tiny FLUX.2 klein pipeline that loads concepts."""
-    pipeline = add_perfusion(Flux2KleinPipeline(**klein_components))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture
 def z_image_components(qwen_tokenizer_folder):
     """Parts of a Z-Image pipeline: text of width 8 from Qwen3, which the transformer brings to its own 16."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen_tokenizer_folder)
@@ -721,14 +697,6 @@ def z_image_components(qwen_tokenizer_folder):
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     }
-
-
-@pytest.fixture
-def z_image_pipeline(z_image_components):
-    """A tiny Z-Image pipeline that loads concepts."""
-    pipeline = add_perfusion(ZImagePipeline(**z_image_components))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture
@@ -792,22 +760,6 @@ def qwen_image_components(qwen_tokenizer_folder):
     }
 
 
-@pytest.fixture
-def qwen_image_pipeline(qwen_image_components):
-    """A tiny Qwen-Image pipeline that loads concepts."""
-    pipeline = add_perfusion(QwenImagePipeline(**qwen_image_components))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture
-def flux_pipeline(flux_components):
-    """A tiny Flux pipeline that loads concepts."""
-    pipeline = add_perfusion(FluxPipeline(**flux_components))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def make_sd3(**settings):
     torch.manual_seed(0)
     return SD3Transformer2DModel(
@@ -848,12 +800,25 @@ def sd3_components(components, t5_tokenizer_folder, tokenizer_folder):
     }
 
 
-@pytest.fixture
-def sd3_pipeline(sd3_components):
-    """A tiny Stable Diffusion 3.5 pipeline that loads concepts."""
-    pipeline = add_perfusion(StableDiffusion3Pipeline(**sd3_components))
-    pipeline.set_progress_bar_config(disable=True)
+def _with_concepts(kind, components):
+    """Return a fixture of a tiny pipeline that loads concepts."""
+
+    @pytest.fixture
+    def pipeline(request):
+        pipeline = add_perfusion(kind(**request.getfixturevalue(components)))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     return pipeline
+
+
+cosmos_pipeline = _with_concepts(Cosmos2TextToImagePipeline, "cosmos_components")
+chroma_pipeline = _with_concepts(ChromaPipeline, "chroma_components")
+klein_pipeline = _with_concepts(Flux2KleinPipeline, "klein_components")
+z_image_pipeline = _with_concepts(ZImagePipeline, "z_image_components")
+qwen_image_pipeline = _with_concepts(QwenImagePipeline, "qwen_image_components")
+flux_pipeline = _with_concepts(FluxPipeline, "flux_components")
+sd3_pipeline = _with_concepts(StableDiffusion3Pipeline, "sd3_components")
 
 
 @pytest.fixture
@@ -925,6 +890,16 @@ def random_concept(pipeline, word="<my-cat>", superclass="cat", seed=0, **fields
             **fields,
         }
     )
+
+
+@pytest.fixture
+def concept(pipe):
+    """Make a random concept for the pipeline of a file of tests."""
+
+    def make(word="<my-bear>", superclass="teddy bear", seed=0, **fields):
+        return random_concept(pipe, word, superclass, seed, **fields)
+
+    return make
 
 
 def effect(one, other):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_pixart, random_concept
+from conftest import LENGTH, make_pixart, random_concept
 from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
@@ -216,26 +216,28 @@ def test_a_long_prompt_in_any_script_names_an_image(generate):
 def test_the_guidance_of_joint_attention_is_the_pipeline_s_own(flux_pipeline, tmp_path, monkeypatch, flags, expected):
     flux_pipeline.save_pretrained(tmp_path / "flux")
     path = random_concept(flux_pipeline).save(tmp_path / "cat.safetensors")
-    seen, prepare_latents = [], FluxPipeline.prepare_latents
+    seen, encode = [], FluxPipeline._get_t5_prompt_embeds
 
-    def see(self, *args):
-        seen.append(self.guidance_scale)
-        return prepare_latents(self, *args)
+    def see(self, *args, max_sequence_length, **kwargs):
+        seen.append((self.guidance_scale, max_sequence_length))
+        return encode(self, *args, max_sequence_length=max_sequence_length, **kwargs)
 
-    monkeypatch.setattr(FluxPipeline, "prepare_latents", see)
+    monkeypatch.setattr(FluxPipeline, "_get_t5_prompt_embeds", see)
     command = ["generate", "--pretrained_model_name_or_path", str(tmp_path / "flux"), "--num_inference_steps", "1"]
     command += ["--concept", str(path), "--prompt", "a <my-cat>", "--output_dir", str(tmp_path / "images")]
     assert main([*command, *flags]) == 0
-    assert seen == [expected]
+    assert seen == [(expected, LENGTH)]  # and texts are as long as the tokenizer allows
 
 
-def test_a_pipeline_whose_first_argument_is_an_image_gets_the_prompt(klein_pipeline, tmp_path):
+def test_a_pipeline_whose_first_argument_is_an_image_gets_the_prompt(klein_pipeline, tmp_path, capsys):
     klein_pipeline.save_pretrained(tmp_path / "klein")
     path = random_concept(klein_pipeline).save(tmp_path / "cat.safetensors")
     command = ["generate", "--pretrained_model_name_or_path", str(tmp_path / "klein"), "--num_inference_steps", "1"]
     command += ["--concept", str(path), "--prompt", "a <my-cat>", "--output_dir", str(tmp_path / "images")]
     assert main(command) == 0
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00-a-my-cat.png"]
+    message = "Flux2KleinPipeline takes no negative prompt; leave --negative_prompt out"
+    assert message in failed([*command, "--negative_prompt", "a dog"], capsys)
 
 
 def test_settings_of_generate_change_the_image(generate):

@@ -415,7 +415,7 @@ COMPONENTS = {
     "Qwen-Image": "qwen_image_components",
 }
 
-# How keys are locked. Joint attention locks them always, and most of all where values alone are learned.
+# How keys are locked. In joint attention they are where values alone are learned.
 JOINT = "Stable Diffusion 3", "Flux", "Chroma", "FLUX.2 klein", "Z-Image", "Qwen-Image"
 LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, ("local", "values alone"))
 

@@ -30,16 +30,6 @@ def draw(pipe, generate):
     return partial(generate, pipe=pipe, height=16, width=16, max_sequence_length=LENGTH)
 
 
-@pytest.fixture
-def concept(pipe):
-    """Make a random concept."""
-
-    def make(word="<my-bear>", superclass="teddy bear", seed=0, **fields):
-        return random_concept(pipe, word, superclass, seed, **fields)
-
-    return make
-
-
 def hooks(model):
     return [hook for module in model.modules() for hook in module._forward_hooks.values()]
 

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,8 +100,10 @@ def generate(
     pipeline.set_perfusion(bias=bias, temperature=temperature, locking=locking)
     place(pipeline, device)
     output_dir.mkdir(parents=True, exist_ok=True)
-    options |= family_of(pipeline).guidance(guidance_scale)
+    options |= family_of(pipeline).call_arguments(guidance_scale)
     if negative_prompt is not None:  # not all pipelines take None
+        if "negative_prompt" not in signature(pipeline.__call__).parameters:
+            raise ValueError(f"{type(pipeline).__name__} takes no negative prompt; leave --negative_prompt out")
         options["negative_prompt"] = negative_prompt
     paths = []
     for text in tqdm(prompt, desc="Prompts"):

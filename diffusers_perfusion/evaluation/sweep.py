@@ -287,7 +287,7 @@ def sweep(
 
     folder = Path(output_dir)
     denoising: dict[str, Any] = {"num_inference_steps": num_inference_steps}
-    denoising |= family_of(pipeline).guidance(guidance_scale)
+    denoising |= family_of(pipeline).call_arguments(guidance_scale)
     settings = {
         "base_model": _name(pipeline),
         **{_sha256_name(checkpoint): fingerprint(one) for checkpoint, one in concepts.items()},

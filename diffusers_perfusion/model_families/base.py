@@ -91,7 +91,7 @@ class ModelFamily:
         optional: names of the text encoders that a pipeline may do without.
         pooled_only: names of the text encoders that give a pooled vector alone.
         joint: whether text and image attend to each other in joint layers. Then the model gets the super-class prompt,
-            and concepts are edited into values alone; see `JointFamily`.
+            and concepts are edited into its hidden states and into values; see `joint_attention.py`.
         text_argument: name of a joint model's argument for the hidden states of text.
         mask_argument: name of a joint model's argument for the mask of text and what follows it; None for none.
         follows_length: whether a joint model gets text without padding, so that it gets more of it where the
@@ -349,14 +349,13 @@ class ModelFamily:
 
     # Images
 
-    @property
-    def text_length(self) -> int | None:
-        """The `max_sequence_length` of a pipeline's call that is as in training; None for the pipeline's own."""
-        return None
+    def call_arguments(self, guidance_scale: float | None) -> dict[str, float]:
+        """Return the arguments of a pipeline's call for a guidance scale, and for texts as long as in training.
 
-    def guidance(self, scale: float | None) -> dict[str, float]:
-        """Return the arguments of a pipeline's call for a guidance scale; None for the paper's, 6."""
-        return {"guidance_scale": 6.0 if scale is None else float(scale)}
+        Args:
+            guidance_scale: None for the paper's, 6.
+        """
+        return {"guidance_scale": 6.0 if guidance_scale is None else float(guidance_scale)}
 
     # Training
 

@@ -94,8 +94,10 @@ class PerfusionTrainer:
         if self.family.joint:
             self._encoding = self._encode_superclass_prompts(prompt_ids)
             inputs = {"target_input": self.concept.target_input} if config.embedding_learning_rate else {}
-            # Text encoders differ in the size of their hidden states, and some have few numbers that are far larger.
-            self._learning_rates[1] *= float(self.concept.superclass_input.abs().median())
+            # Text encoders differ in the size of their hidden states. Some have few numbers that are far larger, and
+            # zeros fill up a row to the width of another text encoder.
+            sizes = self.concept.superclass_input.abs()
+            self._learning_rates[1] *= float(sizes[sizes > 0].median())
         outputs = {f"target_outputs.{layer}": output for layer, output in self.concept.target_outputs.items()}
         self.parameters = inputs | outputs
         if config.scale_lr:

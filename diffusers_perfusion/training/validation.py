@@ -33,13 +33,9 @@ def generate(pipeline: Any, name: str, config: TrainingConfig, accelerator: Any)
     Returns:
         The images of each prompt.
     """
-    family, parameters = family_of(pipeline), signature(pipeline.__call__).parameters
-    options: dict[str, Any] = family.guidance(None)
-    if config.resolution is not None and {"height", "width"} <= parameters.keys():
+    options = family_of(pipeline).call_arguments(None)
+    if config.resolution is not None and {"height", "width"} <= signature(pipeline.__call__).parameters.keys():
         options |= {"height": config.resolution, "width": config.resolution}
-    length, longest = family.text_length, parameters.get("max_sequence_length")
-    if length is not None and longest is not None and length < longest.default:
-        options["max_sequence_length"] = length
     rows = []
     concept = registry_of(edited_model(pipeline)).loaded[name].concept  # type: ignore[union-attr]
     settings = pipeline.set_perfusion(name, bias=concept.bias, temperature=concept.temperature)

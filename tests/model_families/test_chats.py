@@ -32,16 +32,6 @@ def draw(pipe, generate):
     return partial(generate, pipe=pipe, height=16, width=16, max_sequence_length=CHAT_LENGTH)
 
 
-@pytest.fixture
-def concept(pipe):
-    """Make a random concept."""
-
-    def make(word="<my-bear>", superclass="teddy bear", seed=0):
-        return random_concept(pipe, word, superclass, seed)
-
-    return make
-
-
 @pytest.mark.parametrize(
     "prompt",
     ["{} on the beach", "a {} on the beach", "a {}", "the\n{}, a {}", "a photo {}" + " on the beach" * 7],
@@ -93,6 +83,12 @@ def test_values_are_edited_at_the_last_token_of_the_superclass_alone(pipe, draw,
         expected[0, image + place, sites[name].start : sites[name].stop] = gate * made.target_outputs[name]
         torch.testing.assert_close(after - before, expected, atol=1e-5, rtol=1e-4)
         assert torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("pipe", ["qwen_image_pipeline"], indirect=True)
+def test_a_guidance_scale_is_the_one_that_the_pipeline_follows(pipe, draw):
+    arguments = family_of(pipe).call_arguments(3.0)
+    assert effect(draw("a cat", negative_prompt="a dog", **arguments), draw("a cat", negative_prompt="a dog")) > 1e-3
 
 
 def test_a_token_that_falls_off_the_end_is_warned_of(pipe, draw, concept, caplog):

@@ -215,6 +215,19 @@ def test_training_values_alone_with_three_text_encoders(sd3_pipeline, values_alo
         assert torch.equal(generate("a <my-cat> on the beach"), plain)
 
 
+@pytest.mark.parametrize("t5", [True, False])
+def test_the_learning_rate_of_a_hidden_state_is_in_units_of_its_size(sd3_pipeline, values_alone, t5):
+    """That of CLIP, which is zeros from its width to T5's."""
+    if not t5:
+        sd3_pipeline.text_encoder_3 = sd3_pipeline.tokenizer_3 = None
+    settings = {"embedding_learning_rate": 0.1, "max_train_steps": 1, "lr_scheduler": "constant"}
+    concept = train(sd3_pipeline, TrainingConfig(**values_alone | settings))
+    sizes = concept.superclass_input.abs()
+    assert (sizes == 0).sum() == 4
+    step = (concept.target_input - concept.superclass_input).abs().max()  # Adam's first is as large as the rate
+    torch.testing.assert_close(step, 0.1 * sizes[sizes > 0].median(), rtol=1e-3, atol=0)
+
+
 def test_latents_in_patches_need_a_resolution_of_whole_ones(sd3_pipeline, values_alone, no_long_work):
     with pytest.raises(ValueError, match="resolution is 18; the base model takes multiples of 4"):
         train(sd3_pipeline, TrainingConfig(**values_alone | {"resolution": 18}))
