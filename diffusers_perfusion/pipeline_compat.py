@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from .model_families import FAMILIES, edited_model, family_class, family_of
-from .model_families.base import uncompiled
+from .model_families.base import tokenizer_in, uncompiled
 from .model_hooks import attach, detach
 from .placeholder_tokens import PlaceholderTokens
 from .registry import registry_of
@@ -56,6 +56,8 @@ class PipelineCompatMixin:
                 setattr(cls, name, _keeping_tokens(getattr(cls, name)))
         if hasattr(cls, "encode_prompt"):
             cls.encode_prompt = _encoding_with_tokens(cls.encode_prompt)
+        if hasattr(cls, "upsample_prompt"):
+            cls.upsample_prompt = _rewriting_as_text(cls.upsample_prompt)
         if issubclass(cls, DiffusionPipeline):
             # diffusers knows a pipeline by the name of its class, in `AutoPipeline….from_pipe` and `model_index.json`.
             cls.__name__ = stock_class(cls).__name__
@@ -97,6 +99,16 @@ class PipelineCompatMixin:
             finally:
                 attach(model, registry)
 
+    @contextmanager
+    def _without_tokens(self) -> Iterator[None]:
+        """Let the tokenizers know no placeholder token in the body of the statement, also none of other models."""
+        with ExitStack() as stack:
+            for _, name in _TEXT_COMPONENTS:
+                text_encoder = uncompiled(getattr(self, name, None))
+                if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
+                    stack.enter_context(tokens.only(None))
+            yield
+
 
 @cache
 def with_mixin(mixin: Any, stock: Any) -> Any:
@@ -137,15 +149,11 @@ def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., An
     def run(self: PipelineCompatMixin, *args: Any, **kwargs: Any) -> Any:
         registry = registry_of(edited_model(self))
         if registry is None or not registry.enabled:
-            with ExitStack() as stack:
-                for _, name in _TEXT_COMPONENTS:
-                    text_encoder = uncompiled(getattr(self, name, None))
-                    if (tokens := PlaceholderTokens.existing(text_encoder)) is not None:
-                        stack.enter_context(tokens.only(None))
+            with self._without_tokens():
                 return encode_prompt(self, *args, **kwargs)
         family = family_class(self)
         components = family.components_of(self)
-        tokenizers = [getattr(self, name) for name, _ in components]
+        tokenizers = [tokenizer_in(getattr(self, name)) for name, _ in components]
         text_encoders = [uncompiled(getattr(self, name)) for _, name in components]
         if None not in text_encoders and not registry.is_connected(tokenizers, text_encoders):
             registry.connect(family_of(self))
@@ -170,6 +178,33 @@ def _encoding_with_tokens(encode_prompt: Callable[..., Any]) -> Callable[..., An
         _leave_negative_prompts_out(read, given.arguments, registry.placeholder_tokens)
         _warn_of_lost_tokens(prompts, read, registry.placeholder_tokens)
         return encoded
+
+    return run
+
+
+def _rewriting_as_text(rewrite: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Wrap the method by which a text encoder rewrites prompts, so that it reads placeholder tokens letter by letter.
+
+    So it can write them again. A warning says where it has not.
+    """
+
+    @wraps(rewrite)
+    def run(self: PipelineCompatMixin, prompt: str | Sequence[str], *args: Any, **kwargs: Any) -> list[str]:
+        registry = registry_of(edited_model(self))
+        tokens = registry.placeholder_tokens if registry is not None and registry.enabled else []
+        prompt = _with_exact_tokens(prompt, tokens)
+        with self._without_tokens():
+            rewritten = rewrite(self, prompt, *args, **kwargs)
+        rewritten = _with_exact_tokens(rewritten, tokens)
+        for token in tokens:
+            kept = zip(_holds(prompt, token), _holds(rewritten, token), strict=True)
+            if any(before and not after for before, after in kept):
+                logger.warning(
+                    f"{token} is in a prompt, but not in what the text encoder has rewritten it to, so the concept is "
+                    "not applied there; rewrite the prompt with the super-class by upsample_prompt, and put the token "
+                    "into what that returns."
+                )
+        return rewritten
 
     return run
 

@@ -403,14 +403,18 @@ class PlaceholderTokens:
         if [pad] != end:
             padding = length - max((n for n, token_id in enumerate(input_ids, 1) if token_id != pad), default=0)
         prompt: list[int] = []
-        index = []
-        for token_id in input_ids:
+        # Padding before a prompt gives way, so that what is behind the token stays where it is.
+        before = next((n for n, token_id in enumerate(input_ids) if token_id != pad), length)
+        more = sum(len(self._superclass_ids(token_id)) - 1 for token_id in input_ids if token_id in vocabulary.tokens)
+        start = min(before, more) if cut else 0
+        index = [0] * start
+        for token_id in input_ids[start:]:
             superclass = self._superclass_ids(token_id) if token_id in vocabulary.tokens else None
             prompt += superclass or [token_id]
             if superclass and cut and len(prompt) > room:  # the word that says what it is stays
                 prompt[room - 1 :] = superclass[-1:]
             index.append((min(len(prompt), length) if cut else len(prompt)) - 1)
-        longer = len(prompt) - length
+        longer = len(prompt) + start - length
         if cut:
             prompt = prompt[:length] if longer < padding else [*prompt[:room], *end]
         return SuperclassPrompt(prompt, index, longer)

@@ -224,10 +224,7 @@ class PromptTracker:
             prompt: prompt.attention_mask for prompt in distinct.values() if prompt.attention_mask is not None
         }
         length = max(map(len, (*distinct, *old_masks.values())))
-        masks = [
-            (torch.arange(length) < int(old.sum()) + prompts[prompt].longer).to(old)
-            for prompt, old in old_masks.items()
-        ]
+        masks = [_mask(old, int(old.sum()) + prompts[prompt].longer, length) for prompt, old in old_masks.items()]
         mask = torch.stack(masks).to(device) if masks else None
         padding = tokens.tokenizer.pad_token_id
         ids = [[*prompt, *[padding] * (length - len(prompt))] for prompt in distinct]
@@ -251,6 +248,12 @@ class PromptTracker:
             if len(self._superclass_prompts) <= MAX_SUPERCLASS_PROMPTS and size <= MAX_SUPERCLASS_BYTES:
                 break
             size -= self._superclass_prompts.pop(oldest).nbytes
+
+
+def _mask(old: Tensor, tokens: int, length: int) -> Tensor:
+    """Return a mask of `(length,)` that shows so many tokens, with padding on the side where another has it."""
+    shown = torch.arange(length) < tokens
+    return (shown if old[0] else shown.flip(0)).to(old)
 
 
 def _digest(row: Tensor) -> bytes:

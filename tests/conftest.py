@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -40,6 +42,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from hub_server import HubServer
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders
@@ -60,6 +63,9 @@ from transformers import (
     Dinov2Model,
     Gemma2Config,
     Gemma2Model,
+    LlavaProcessor,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -582,12 +588,11 @@ CHAT_WORDS = (
 )
 
 
-@pytest.fixture(scope="session")
-def qwen_tokenizer_folder(tmp_path_factory):
-    """A tokenizer of Qwen with its chat template, to which a space is the beginning of a word, as a folder."""
+def byte_level_tokenizer(chat_words):
+    """A tokenizer to which a space is the beginning of a word, and which knows these words."""
     vocabulary = sorted(ByteLevel.alphabet())
     merges = []
-    for word in CHAT_WORDS:
+    for word in chat_words:
         left, *letters = word.replace(" ", "Ġ")
         for letter in letters:
             if (left, letter) not in merges:
@@ -601,6 +606,13 @@ def qwen_tokenizer_folder(tmp_path_factory):
         [Split(Regex(words), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_folder(tmp_path_factory):
+    """A tokenizer of Qwen with its chat template, as a folder."""
+    tokenizer = byte_level_tokenizer(CHAT_WORDS)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens(["<think>", "</think>"])
     folder = tmp_path_factory.mktemp("qwen")
@@ -610,8 +622,41 @@ def qwen_tokenizer_folder(tmp_path_factory):
     return folder
 
 
-# Of a prompt and the template around it.
-CHAT_LENGTH = 48
+MISTRAL_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{%- set name = {'system': 'SYSTEM_PROMPT', 'user': 'INST'}[message.role] %}"
+    "{{- '[' + name + ']' + message.content[0].text + '[/' + name + ']' }}"
+    "{%- endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def mistral_processor_folder(tmp_path_factory):
+    """A tokenizer of Mistral 3 with its chat template in a processor of text and images, as a folder.
+
+    Mistral's own processor needs torchvision; that of Llava is the same to text.
+    """
+    tokenizer = byte_level_tokenizer((*CHAT_WORDS, *re.findall(r" ?\w+", SYSTEM_MESSAGE)))
+    brackets = [f"[{name}]" for name in ("INST", "/INST", "SYSTEM_PROMPT", "/SYSTEM_PROMPT", "IMG")]
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", *brackets])
+    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+    )
+    folder = tmp_path_factory.mktemp("mistral")
+    LlavaProcessor(
+        CLIPImageProcessor(), tokenizer, patch_size=16, image_token="[IMG]", chat_template=MISTRAL_TEMPLATE
+    ).save_pretrained(folder)
+    return folder
+
+
+# Of a prompt, the template around it and a system message.
+CHAT_LENGTH = 88
 
 
 def make_qwen3(tokenizer, layers):
@@ -632,11 +677,8 @@ def make_qwen3(tokenizer, layers):
     ).eval()
 
 
-@pytest.fixture
-def klein_components(qwen_tokenizer_folder):
-    """Parts of a FLUX.2 klein pipeline: text of width 3 · 8 from three layers of Qwen3; 16×16 images."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen_tokenizer_folder)
-    text_encoder = make_qwen3(tokenizer, 28)
+def flux2_components(tokenizer, text_encoder, guidance_embeds):
+    """Parts of a FLUX.2 pipeline: text from three layers of the text encoder side by side; 16×16 images."""
     torch.manual_seed(0)
     transformer = Flux2Transformer2DModel(
         in_channels=16,
@@ -644,10 +686,10 @@ def klein_components(qwen_tokenizer_folder):
         num_single_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=24,
+        joint_attention_dim=3 * text_encoder.get_input_embeddings().embedding_dim,
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     ).eval()
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
     vae = AutoencoderKLFlux2(
@@ -667,6 +709,53 @@ def klein_components(qwen_tokenizer_folder):
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     }
+
+
+@pytest.fixture
+def klein_components(qwen_tokenizer_folder):
+    """Parts of a FLUX.2 klein pipeline: text of width 3 · 8 from Qwen3."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen_tokenizer_folder)
+    return flux2_components(tokenizer, make_qwen3(tokenizer, 28), guidance_embeds=False)
+
+
+@pytest.fixture
+def dev_components(mistral_processor_folder):
+    """Parts of a FLUX.2 dev pipeline: text of width 3 · 12 from Mistral 3, with a processor of text and images."""
+    processor = LlavaProcessor.from_pretrained(mistral_processor_folder)
+    torch.manual_seed(0)
+    text_encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config={
+                "model_type": "mistral",
+                "vocab_size": len(processor.tokenizer),
+                "hidden_size": 12,
+                "intermediate_size": 16,
+                "num_hidden_layers": 31,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 6,
+                "initializer_range": 0.3,
+                "pad_token_id": processor.tokenizer.pad_token_id,
+            },
+            vision_config={
+                "model_type": "pixtral",
+                "hidden_size": 8,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+            },
+            image_token_id=processor.image_token_id,
+        )
+    ).eval()
+    parts = flux2_components(processor, text_encoder, guidance_embeds=True)
+    # More of the text has to come through to the image, because no guidance multiplies it.
+    for modulation in (
+        parts["transformer"].double_stream_modulation_img,
+        parts["transformer"].single_stream_modulation,
+    ):
+        torch.nn.init.normal_(modulation.linear.weight)
+    return parts
 
 
 @pytest.fixture
@@ -814,6 +903,7 @@ def _with_concepts(kind, components):
 
 cosmos_pipeline = _with_concepts(Cosmos2TextToImagePipeline, "cosmos_components")
 chroma_pipeline = _with_concepts(ChromaPipeline, "chroma_components")
+dev_pipeline = _with_concepts(Flux2Pipeline, "dev_components")
 klein_pipeline = _with_concepts(Flux2KleinPipeline, "klein_components")
 z_image_pipeline = _with_concepts(ZImagePipeline, "z_image_components")
 qwen_image_pipeline = _with_concepts(QwenImagePipeline, "qwen_image_components")

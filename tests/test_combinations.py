@@ -25,6 +25,7 @@ from diffusers import (
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxImg2ImgPipeline,
@@ -381,6 +382,16 @@ PIPELINES = {
             ),
         ),
     },
+    "FLUX.2 dev": {
+        "text to image": (lambda parts: Flux2Pipeline(**parts), lambda: CHAT),
+        "reference image": (lambda parts: Flux2Pipeline(**parts), lambda: CHAT | {"image": reference_image()}),
+        "several of each prompt": (
+            lambda parts: Flux2Pipeline(**parts),
+            lambda: (
+                CHAT | {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(n) for n in range(4)]}
+            ),
+        ),
+    },
     "FLUX.2 klein": {
         "text to image": (lambda parts: Flux2KleinPipeline(**parts), lambda: CHAT),
         "distilled": (lambda parts: Flux2KleinPipeline(**parts, is_distilled=True), lambda: CHAT),
@@ -410,13 +421,14 @@ COMPONENTS = {
     "Flux": "flux_components",
     "Chroma": "chroma_components",
     "Stable Diffusion 3": "sd3_components",
+    "FLUX.2 dev": "dev_components",
     "FLUX.2 klein": "klein_components",
     "Z-Image": "z_image_components",
     "Qwen-Image": "qwen_image_components",
 }
 
 # How keys are locked. In joint attention they are where values alone are learned.
-JOINT = "Stable Diffusion 3", "Flux", "Chroma", "FLUX.2 klein", "Z-Image", "Qwen-Image"
+JOINT = "Stable Diffusion 3", "Flux", "Chroma", "FLUX.2 dev", "FLUX.2 klein", "Z-Image", "Qwen-Image"
 LOCKINGS = dict.fromkeys(PIPELINES, ("local", "global")) | dict.fromkeys(JOINT, ("local", "values alone"))
 
 
@@ -617,6 +629,7 @@ BESIDE = {
     "Chroma": ("LoRA", "fused transformer", "attention backend", "bfloat16", "group offload"),
     "Qwen-Image": ("LoRA", "attention backend", "first block cache", *TRANSFORMERS),
     "Z-Image": ("LoRA", "attention backend", *TRANSFORMERS),
+    "FLUX.2 dev": ("LoRA", "fused transformer", "attention backend", *TRANSFORMERS),
     "FLUX.2 klein": ("LoRA", "fused transformer", "attention backend", *TRANSFORMERS),
     "Flux": ("LoRA", "two LoRAs with weights", "fused LoRA", "Textual Inversion", *OF_FLUX, *TRANSFORMERS),
     "Stable Diffusion 3": ("LoRA", "two LoRAs with weights", "fused LoRA", *TRANSFORMERS),

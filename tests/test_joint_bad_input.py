@@ -36,6 +36,7 @@ FAMILIES = {
     "sd3_pipeline": LENGTH,
     "flux_pipeline": LENGTH,
     "klein_pipeline": WORDS + 3,
+    "dev_pipeline": WORDS + 48,
     "chroma_pipeline": LENGTH,
     "z_image_pipeline": WORDS + 3,
     "qwen_image_pipeline": WORDS,
@@ -438,7 +439,7 @@ def two_at_the_end(pipe, draw, concept):
     return lambda: draw(" ".join([*["a"] * (WORDS - 2), "<my-bear> <other>"]))
 
 
-@pytest.mark.parametrize("pipe", ["flux_pipeline", "klein_pipeline", "chroma_pipeline"], indirect=True)
+@pytest.mark.parametrize("pipe", ["flux_pipeline", "klein_pipeline", "dev_pipeline", "chroma_pipeline"], indirect=True)
 def test_of_two_concepts_at_the_end_the_first_is_named_where_it_falls_off(pipe, two_at_the_end, warnings):
     both = two_at_the_end()
     assert warnings("<my-bear>") == 1 and warnings("<other>") == 0

@@ -6,6 +6,7 @@ import io
 import logging
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
+    Flux2Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     TextToVideoSDPipeline,
@@ -379,7 +381,59 @@ def test_tokens_that_differ_in_case_alone_are_refused(fast_tokenizer, pipeline, 
         pipeline.load_perfusion(make_concept("<My-Cat>", seed=1), "other")
 
 
+# Prompts that a text encoder rewrites
+
+
+@pytest.fixture
+def rewriting(dev_pipeline, generate):
+    """Draw prompts that the text encoder of `dev_pipeline` has rewritten, which has a concept."""
+    dev_pipeline.load_perfusion(random_concept(dev_pipeline))
+    return partial(
+        generate, pipe=dev_pipeline, height=16, width=16, max_sequence_length=64, caption_upsample_temperature=0.1
+    )
+
+
+def test_a_token_that_the_text_encoder_writes_again_is_applied(dev_pipeline, rewriting, warnings, monkeypatch):
+    """For it is read letter by letter, also where the concept is that of another model."""
+    tokenizer, read = dev_pipeline.tokenizer.tokenizer, []
+
+    def write(input_ids, **settings):
+        assert "<my-cat>" not in tokenizer.get_vocab()
+        read.append(tokenizer.decode(input_ids[0]))
+        return torch.cat([input_ids, tokenizer("a good <My-Cat>", return_tensors="pt").input_ids], 1)
+
+    expected = rewriting("a good <my-cat>", caption_upsample_temperature=None)
+    monkeypatch.setattr(dev_pipeline.text_encoder, "generate", write)
+    assert torch.equal(rewriting("a <my-cat>"), expected) and "[INST]a <my-cat>[/INST]" in read[0]
+    assert torch.equal(rewriting("a dog"), expected)
+    assert not warnings()
+    parts = dev_pipeline.components
+    other = quiet(add_perfusion(Flux2Pipeline(**parts | {"transformer": copy.deepcopy(parts["transformer"])})))
+    other.unload_perfusion()
+    rewriting("a <my-cat>", pipe=other)
+    assert "[INST]a <my-cat>[/INST]" in read[-1] and len(read) == 3 and not warnings()
+
+
+def test_a_token_that_the_text_encoder_does_not_write_again_is_warned_of(dev_pipeline, rewriting, warnings):
+    generation = dev_pipeline.text_encoder.generation_config
+    generation.eos_token_id = list(range(len(dev_pipeline.tokenizer.tokenizer)))  # after any one
+    rewriting("a dog")
+    assert not warnings()
+    rewriting(["a dog", "a <MY-cat>"])
+    (message,) = warnings()
+    assert message.startswith("<my-cat> is in a prompt, but not in what the text encoder has rewritten it to")
+    dev_pipeline.disable_perfusion()
+    rewriting("a <my-cat>")
+    assert not warnings()
+
+
 # What diffusers and users do
+
+
+def test_a_pipeline_with_a_processor_is_connected_once(dev_pipeline, monkeypatch):
+    dev_pipeline.load_perfusion(random_concept(dev_pipeline))
+    monkeypatch.setattr("diffusers_perfusion.pipeline_compat.family_of", None)
+    dev_pipeline.encode_prompt("a <my-cat>")
 
 
 def test_pipelines_of_another_task(components, cat, generate):

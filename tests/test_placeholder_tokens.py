@@ -11,6 +11,7 @@ from transformers import CLIPTextModel
 
 from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.model_families.base import embedding_table
+from diffusers_perfusion.model_families.flux2 import Flux2Dev
 from diffusers_perfusion.model_families.pixart import PixArt
 from diffusers_perfusion.model_families.sana import Sana
 from diffusers_perfusion.model_families.stable_diffusion import StableDiffusion
@@ -595,6 +596,27 @@ def test_of_a_superclass_at_the_end_of_a_full_prompt_the_last_word_is_kept(token
     prompt = tokenize(tokens, " ".join(["beach"] * (LENGTH - 3)) + " <my-bear>")[0].tolist()
     ids, places, longer = tokens.superclass_prompt(prompt)
     assert (ids, places, longer) == (plain, list(range(LENGTH)), 0)
+
+
+@pytest.mark.parametrize("length", [10, 9, 8, 4])
+def test_padding_before_a_prompt_gives_way_to_the_superclass(dev_components, owner, length):
+    """And the prompt's end where there is not as much padding."""
+    tokenizer, prompt = dev_components["tokenizer"].tokenizer, "cat {} and the {} a"
+    tokens = PlaceholderTokens.of(tokenizer, dev_components["text_encoder"], Flux2Dev)
+
+    def tokenize(prompt):
+        return tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids
+
+    plain = tokenize(prompt.format("teddy bear", "teddy bear"))
+    (bear,) = superclass_ids(tokenizer, "bear")
+    tokens.add(owner, "<my-bear>", torch.zeros(12), "teddy bear")
+    tokens.attach(owner)
+    prompt = tokenize(prompt.format("<my-bear>", "<my-bear>"))
+    ids, places, longer = tokens.superclass_prompt(prompt)
+    assert ids == plain and len(places) == length and places == sorted(places) and places[-1] == length - 1
+    found = tokens.positions(prompt)["<my-bear>"]
+    assert longer == len(found)
+    assert [places[place] for place in found] == [place for place, token_id in enumerate(plain) if token_id == bear]
 
 
 # A token for the body of a statement

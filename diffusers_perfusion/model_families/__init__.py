@@ -9,7 +9,7 @@ from .base import ModelFamily, PromptEncoding, TextPart, cross_attention_layers,
 from .chroma import Chroma
 from .cosmos import Cosmos
 from .flux import Flux
-from .flux2 import Flux2Klein
+from .flux2 import Flux2Dev, Flux2Klein
 from .pixart import PixArt
 from .qwen_image import QwenImage
 from .sana import Sana
@@ -39,6 +39,7 @@ FAMILIES: tuple[type[ModelFamily], ...] = (
     StableDiffusion3,
     Flux,
     Chroma,
+    Flux2Dev,
     Flux2Klein,
     ZImage,
     QwenImage,

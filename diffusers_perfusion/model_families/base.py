@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 
 class PromptEncoding(NamedTuple):
@@ -104,13 +104,13 @@ class ModelFamily:
         max_sequence_length: the full length in tokens; None for the tokenizer's own.
         prompt_cleaning: name of the pipeline method that changes prompts before they are tokenized; None for no such
             method.
-        instruction: text that the text encoder reads before every prompt, and whose hidden states pipelines leave out.
+        instruction: text that the text encoder reads before every prompt.
         latent_patch_size: side of the patches of latents that the model takes as one token, where it has to divide
             the image's.
         repeats_rows: whether the model repeats each row of its hidden states (`repeat_interleave`) before its
             cross-attention layers, as models do that generate several frames of one prompt.
         model: the UNet or transformer.
-        tokenizers: as in `text_components`.
+        tokenizers: as in `text_components`, out of the processors of text and images that hold them.
         text_encoders: as in `text_components`.
         vae_scale_factor: pixels of an image along a side for each of its latents.
 
@@ -147,7 +147,7 @@ class ModelFamily:
                     f"{type(pipeline).__name__} has no {component}, which Perfusion needs for placeholder tokens; "
                     "give it one, or, after loading, prompt embeddings that it has encoded before"
                 )
-        self.tokenizers = tuple(getattr(pipeline, tokenizer) for tokenizer, _ in components)
+        self.tokenizers = tuple(tokenizer_in(getattr(pipeline, tokenizer)) for tokenizer, _ in components)
         self.text_encoders = tuple(uncompiled(getattr(pipeline, text_encoder)) for _, text_encoder in components)
         if self.model_width != self.width:
             raise ValueError(
@@ -448,6 +448,11 @@ def edited_model(pipeline: Any) -> Any:
 def uncompiled(model: Any) -> Any:
     """Return the module that `torch.compile` has wrapped, or the module itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def tokenizer_in(component: Any) -> Any:
+    """Return the tokenizer that a processor of text and images holds, or the component itself if it is none."""
+    return component.tokenizer if isinstance(component, ProcessorMixin) else component
 
 
 def cross_attention_layers(model: Any) -> dict[str, Attention]:

@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .base import PromptEncoding, TextPart, embedding_table
 from .joint import PackedFamily
-
-# Of models that are distilled from guidance, in training: at 1 they predict the flow of the images themselves.
-TRAINING_GUIDANCE = 1.0
 
 
 class Flux(PackedFamily):
@@ -50,7 +46,4 @@ class Flux(PackedFamily):
 
     def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
         """Return the pooled vectors and, for models distilled from guidance, its scale."""
-        pooled: Any = encoding.pooled
-        guided = self.model.config.guidance_embeds
-        guidance = torch.full((len(pooled),), TRAINING_GUIDANCE, device=pooled.device) if guided else None
-        return {"pooled_projections": pooled, "guidance": guidance}
+        return {"pooled_projections": encoding.pooled, "guidance": self.guidance(encoding)}

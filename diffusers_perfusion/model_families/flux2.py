@@ -1,7 +1,7 @@
-"""FLUX.2 klein: a transformer with joint attention to Qwen3, which reads the prompt in a chat."""
+"""FLUX.2: a transformer with joint attention to three layers of a text encoder, which reads the prompt in a chat."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,35 +11,22 @@ from .base import PromptEncoding
 from .joint import PackedFamily, chats
 
 
-class Flux2Klein(PackedFamily):
-    """Transformers with joint attention to the hidden states of three layers of Qwen3, side by side.
+class Flux2(PackedFamily):
+    """Transformers with joint attention to the hidden states of three layers of a text encoder, side by side.
 
-    Raises:
-        ValueError: if the pipeline is of FLUX.2 dev.
+    Attributes:
+        layers_taken: numbers of the three layers.
     """
 
-    name = "FLUX.2 klein"
     model_classes = ("Flux2Transformer2DModel",)
-    layers_taken = (9, 18, 27)
-    hidden_state_index = layers_taken[-1]
+    layers_taken: ClassVar[tuple[int, ...]]
     passes_attention_mask = True
     position_axes = 4
-
-    def __init__(self, pipeline: Any):
-        if hasattr(pipeline, "system_message"):
-            raise ValueError(
-                f"Perfusion cannot edit {type(pipeline).__name__}, whose text encoder reads prompts behind a system "
-                "message and by an image processor; expected a pipeline of FLUX.2 klein"
-            )
-        super().__init__(pipeline)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Width of the hidden states of all three layers."""
         return (len(self.layers_taken) * super().widths[0],)
-
-    def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
-        return super()._tokens(tokenizer, chats(tokenizer, prompts, enable_thinking=False), padding)
 
     @classmethod
     def hidden_states(cls, output: Any, attention_mask: Tensor | None = None) -> Tensor:
@@ -61,5 +48,47 @@ class Flux2Klein(PackedFamily):
         return F.pad(numbers.to(noisy), (self.position_axes - 1, 0))
 
     def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
-        """Return that there is no guidance: distilled models have none, and others take negative prompts."""
-        return {"guidance": None}
+        """Return the guidance scale."""
+        return {"guidance": self.guidance(encoding)}
+
+
+class Flux2Klein(Flux2):
+    """FLUX.2 klein, whose text encoder is Qwen3. Distilled models have no guidance, others take negative prompts."""
+
+    name = "FLUX.2 klein"
+    layers_taken = (9, 18, 27)
+    hidden_state_index = layers_taken[-1]
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
+        return super()._tokens(tokenizer, chats(tokenizer, prompts, enable_thinking=False), padding)
+
+
+class Flux2Dev(Flux2):
+    """FLUX.2 dev, whose text encoder is Mistral 3, which reads padding and a system message before every prompt."""
+
+    name = "FLUX.2 dev"
+    layers_taken = (10, 20, 30)
+    hidden_state_index = layers_taken[-1]
+
+    def __init__(self, pipeline: Any):
+        super().__init__(pipeline)
+        self.instruction = pipeline.system_message
+        self._processor = pipeline.tokenizer
+
+    @classmethod
+    def matches(cls, pipeline: Any) -> bool:
+        """Return whether a pipeline has such a model and text encoder, and a system message."""
+        return super().matches(pipeline) and hasattr(pipeline, "system_message")
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input  # which old releases do not have
+
+        return self._processor.apply_chat_template(
+            format_input(list(prompts), self.instruction),
+            tokenize=True,
+            padding=padding,
+            truncation=True,
+            max_length=self._max_length(tokenizer),
+            return_dict=True,
+            return_tensors="pt",
+        )

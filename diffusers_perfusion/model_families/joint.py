@@ -11,6 +11,9 @@ from torch import Tensor
 from ..joint_attention import value_sites
 from .base import ModelFamily, PromptEncoding, TextPart
 
+# Of models that are distilled from guidance, in training: at 1 they predict the flow of the images themselves.
+TRAINING_GUIDANCE = 1.0
+
 
 class JointFamily(ModelFamily):
     """Transformers with joint attention, named alike in diffusers.
@@ -169,3 +172,10 @@ class PackedFamily(JointFamily):
     def text_positions(self, noisy: Tensor, length: int) -> Tensor:
         """Return the positions of text tokens, `(length, position_axes)`, on the device of latents."""
         return noisy.new_zeros(length, self.position_axes)
+
+    def guidance(self, encoding: PromptEncoding) -> Tensor | None:
+        """Return the guidance scale of each prompt in training; None for models not distilled from guidance."""
+        if not self.model.config.get("guidance_embeds", True):  # in diffusers 0.36 FLUX.2 has no other models
+            return None
+        text = encoding.hidden_states
+        return torch.full((len(text),), TRAINING_GUIDANCE, device=text.device)

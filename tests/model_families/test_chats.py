@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT_LENGTH, effect, random_concept
-from diffusers import Flux2Pipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, ZImageOmniPipeline
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, ZImageOmniPipeline
 
 from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.joint_attention import value_sites
@@ -16,7 +16,7 @@ from diffusers_perfusion.registry import registry_of
 from diffusers_perfusion.training import TrainingConfig, train
 from diffusers_perfusion.training.superclass import TEMPLATES, superclass_positions
 
-PIPELINES = ("klein_pipeline", "z_image_pipeline", "qwen_image_pipeline")
+PIPELINES = ("klein_pipeline", "dev_pipeline", "z_image_pipeline", "qwen_image_pipeline")
 
 
 @pytest.fixture(params=PIPELINES)
@@ -71,7 +71,8 @@ def test_values_are_edited_at_the_last_token_of_the_superclass_alone(pipe, draw,
     sites = {name: value_sites(layer)[0] for name, layer in family.layers.items()}
     for name, site in sites.items():
         site.module.register_forward_hook(record(name))
-    draw(["<my-bear> on the beach", "a cat"], num_inference_steps=1, guidance_scale=1.0)
+    prompts = ["<my-bear> on the beach", "a cat"]
+    draw(prompts, num_inference_steps=1, guidance_scale=1.0, max_sequence_length=512)
     tokenizer = family.tokenizers[0]
     bear = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" bear"))[0]
     place = family.tokenize(["teddy bear on the beach"])[0][0].tolist().index(bear)
@@ -161,26 +162,24 @@ def test_embeddings_of_others_are_marked(pipe, draw, concept, caplog):
         pipe.mark_perfusion([row[:, 1:] for row in embeds], "my-bear")
 
 
-# FLUX.2 klein
+# FLUX.2
 
 
-def test_other_layers_of_the_text_encoder_are_warned_of(klein_pipeline, generate, caplog):
-    klein_pipeline.load_perfusion(random_concept(klein_pipeline))
+FLUX2 = pytest.mark.parametrize("pipe", ["klein_pipeline", "dev_pipeline"], indirect=True)
+
+
+@FLUX2
+def test_other_layers_of_the_text_encoder_are_warned_of(pipe, draw, caplog):
+    pipe.load_perfusion(random_concept(pipe))
     with caplog.at_level(logging.WARNING):
-        generate("a <my-cat>", klein_pipeline, height=16, width=16, text_encoder_out_layers=(1, 2, 3))
+        draw("a <my-cat>", text_encoder_out_layers=(1, 2, 3))
     assert "does not recognise 1 of 1 prompt embeddings" in caplog.text
 
 
-def test_another_chat_with_the_same_model_is_refused(klein_components):
-    with pytest.raises(
-        ValueError, match=r"cannot edit Flux2Pipeline, .* a system message .*; expected .* FLUX.2 klein"
-    ):
-        add_perfusion(Flux2Pipeline(**klein_components))
-
-
-def test_klein_is_called_as_by_the_pipeline(klein_pipeline, generate):
-    """Latents packed, positions of image and text, timesteps, and no guidance."""
-    pipe, calls = klein_pipeline, []
+@FLUX2
+def test_flux2_is_called_as_by_the_pipeline(pipe, generate):
+    """Latents packed, positions of image and text, timesteps, and guidance where the model is distilled from it."""
+    calls = []
     pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
     images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     family = family_of(pipe)

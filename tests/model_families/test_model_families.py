@@ -24,6 +24,7 @@ ALL = {
     "qwen_image_pipeline": ("Qwen-Image", {"height": 16, "width": 16}),
     "z_image_pipeline": ("Z-Image", {"height": 16, "width": 16}),
     "klein_pipeline": ("FLUX.2 klein", {"height": 16, "width": 16, "max_sequence_length": 32}),
+    "dev_pipeline": ("FLUX.2 dev", {"height": 16, "width": 16}),
     "flux_pipeline": ("Flux", {"height": 16, "width": 16, "max_sequence_length": 24}),
     "sd3_pipeline": ("Stable Diffusion 3", {"height": 16, "width": 16, "max_sequence_length": 24}),
     "sana_pipeline": ("Sana", {"height": 32, "width": 32, "max_sequence_length": 24}),

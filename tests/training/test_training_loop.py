@@ -92,6 +92,7 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
         "flux_pipeline",
         "chroma_pipeline",
         "klein_pipeline",
+        "dev_pipeline",
         "z_image_pipeline",
         "qwen_image_pipeline",
         "sd3_pipeline",
