@@ -1,7 +1,7 @@
 """Icons as sprites: where they come from, what they are called, and how they are recoloured, dressed and pasted.
 
-A sprite is an RGBA array of 80×80 bytes; one that wears something has 100×100. A set of sprites is a dictionary of
-dictionaries: `sprites[icon][rendition]`.
+A sprite is an RGBA array of 80×80 bytes, or of a multiple; one that wears something is larger by a quarter. A set of
+sprites is a dictionary of dictionaries: `sprites[icon][rendition]`.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ NOUNS = {icon: icon for icon in (
 
 
 class Worn(NamedTuple):
-    """What can be worn: its words, its side in pixels, and how far its top is below the top of who wears it."""
+    """What can be worn: its words, and for sprites of 80×80 its side and how far down from who wears it its top is."""
 
     words: str
     side: int
@@ -83,24 +83,28 @@ def recolour(sprite, colour):
 
 def dress(sprite, worn, icon):
     """A sprite that wears the sprite `worn` of the given icon, on a larger canvas."""
-    canvas = Image.new("RGBA", (100, 100))
-    canvas.alpha_composite(Image.fromarray(sprite), (10, 20))
+    unit = len(sprite) // 80
+    canvas = Image.new("RGBA", (100 * unit, 100 * unit))
+    canvas.alpha_composite(Image.fromarray(sprite), (10 * unit, 20 * unit))
     opaque = sprite[..., 3] > 100
     top = opaque.any(1).argmax()
-    head = np.flatnonzero(opaque[top : top + 26].any(0))
-    side = WORN[icon].side
-    left = int(10 + (head[0] + head[-1]) / 2 - side / 2)
-    corner = (max(0, left), max(0, int(20 + top + WORN[icon].down)))
+    head = np.flatnonzero(opaque[top : top + 26 * unit].any(0))
+    side = WORN[icon].side * unit
+    left = int(10 * unit + (head[0] + head[-1]) / 2 - side / 2)
+    corner = (max(0, left), max(0, int(20 * unit + top + WORN[icon].down * unit)))
     canvas.alpha_composite(Image.fromarray(worn).resize((side, side), Image.Resampling.LANCZOS), corner)
     return np.array(canvas)
 
 
-def paste(image, sprite, rng, *, size, x, y, tilt):
-    """Paste a sprite around `(x, y)`: perhaps mirrored, turned by up to `tilt` degrees, a little stretched."""
+def paste(image, sprite, rng, *, size, x, y, tilt, unit):
+    """Paste a sprite around `(x, y)`: perhaps mirrored, turned by up to `tilt` degrees, a little stretched.
+
+    Sizes and places are in units of `unit` pixels.
+    """
     turned = Image.fromarray(sprite)
     if rng.random() < 0.5:
         turned = turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     turned = turned.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BICUBIC)
-    width, height = size * rng.uniform(0.92, 1.08), size * rng.uniform(0.92, 1.08)
+    width, height = (unit * size * rng.uniform(0.92, 1.08) for _ in range(2))
     turned = turned.resize((int(width), int(height)), Image.Resampling.LANCZOS)
-    image.paste(turned, (int(x - width / 2), int(y - height / 2)), turned)
+    image.paste(turned, (int(unit * x - width / 2), int(unit * y - height / 2)), turned)

@@ -2,7 +2,7 @@
 
     python examples/pocket/recipe/scenes.py --output_dir data
 
-Writes `scenes.npy`, `(count, 64, 64, 3)` bytes, and `captions.txt`, a line for each.
+Writes `scenes.npy`, `(count, side, side, 3)` bytes, and `captions.txt`, a line for each.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-from files import finished, save_array
+from files import finished
 from icons import load_sprites
 from tqdm import trange
 from world import SIDE, sample_scene
@@ -22,6 +22,7 @@ def main(args=None):
     """Draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sprites", type=Path, default=HERE / "sprites.npz")
+    parser.add_argument("--side", type=int, default=SIDE, help="Of an image, in pixels; a multiple of the default.")
     parser.add_argument("--count", type=int, default=160_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -29,13 +30,14 @@ def main(args=None):
 
     rng = random.Random(arguments.seed)
     sprites = load_sprites(arguments.sprites)
-    images = np.empty((arguments.count, SIDE, SIDE, 3), np.uint8)
     captions = []
-    for row in trange(arguments.count, mininterval=10):
-        scene = sample_scene(sprites, rng)
-        images[row] = scene.draw(sprites, rng)
-        captions.append(scene.caption)
-    save_array(arguments.output_dir / "scenes.npy", images)
+    with finished(arguments.output_dir / "scenes.npy") as path:
+        shape = (arguments.count, arguments.side, arguments.side, 3)
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)  # they may be larger than the memory
+        for row in trange(arguments.count, mininterval=10):
+            scene = sample_scene(sprites, rng)
+            images[row] = scene.draw(sprites, rng, arguments.side)
+            captions.append(scene.caption)
     with finished(arguments.output_dir / "captions.txt") as path:
         path.write_text("\n".join(captions) + "\n")
 

@@ -8,9 +8,9 @@ from functools import partial
 
 from icons import NOUNS, WORN, dress, jitter, paste, recolour
 from PIL import Image
-from places import beach, city, desert, forest, meadow, night, ocean, plain, room, snow, space, sunset
+from places import Canvas, beach, city, desert, forest, meadow, night, ocean, plain, room, snow, space, sunset
 
-SIDE = 64
+SIDE = 64  # of an image, in units
 
 COLOURS = {
     "red": (215, 45, 45),
@@ -116,25 +116,29 @@ class Scene:
         words = self.opening.format(words)
         return f"{words} {self.place}" if self.names_place else words
 
-    def draw(self, sprites, rng):
-        """An image of the scene, `SIDE × SIDE`; each call draws another."""
-        image = BACKDROPS[self.place](rng).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    def draw(self, sprites, rng, side=SIDE):
+        """An image of the scene, `side × side`, a multiple of `SIDE`; each call draws another."""
+        unit = side // SIDE
+        canvas = Canvas(unit)  # of twice the side: scaling down softens the edges
+        BACKDROPS[self.place](canvas, rng)
+        image = canvas.image.resize((side, side), Image.Resampling.LANCZOS)
+        put = partial(paste, image, rng=rng, unit=unit)
         sprite, scale = self.subject.draw(sprites, rng)
         if not self.companion:
             size = scale * rng.uniform(34, 46)
-            paste(image, sprite, rng, size=size, x=rng.uniform(28, 36), y=rng.uniform(31, 38), tilt=8)
+            put(sprite, size=size, x=rng.uniform(28, 36), y=rng.uniform(31, 38), tilt=8)
         else:
             other, other_scale = self.companion.draw(sprites, rng)
             if self.relation == "on top of":
                 size = other_scale * rng.uniform(26, 32)
-                paste(image, other, rng, size=size, x=rng.uniform(27, 37), y=rng.uniform(44, 48), tilt=5)
+                put(other, size=size, x=rng.uniform(27, 37), y=rng.uniform(44, 48), tilt=5)
                 size = scale * rng.uniform(22, 28)
-                paste(image, sprite, rng, size=size, x=rng.uniform(27, 37), y=rng.uniform(18, 24), tilt=8)
+                put(sprite, size=size, x=rng.uniform(27, 37), y=rng.uniform(18, 24), tilt=8)
             else:
                 size = scale * rng.uniform(24, 31)
-                paste(image, sprite, rng, size=size, x=rng.uniform(16, 20), y=rng.uniform(30, 42), tilt=8)
+                put(sprite, size=size, x=rng.uniform(16, 20), y=rng.uniform(30, 42), tilt=8)
                 size = other_scale * rng.uniform(24, 31)
-                paste(image, other, rng, size=size, x=rng.uniform(44, 48), y=rng.uniform(30, 42), tilt=8)
+                put(other, size=size, x=rng.uniform(44, 48), y=rng.uniform(30, 42), tilt=8)
         if self.opening == BLACK_AND_WHITE:
             image = image.convert("L").convert("RGB")
         elif self.opening == PIXEL_ART:
