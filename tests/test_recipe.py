@@ -5,11 +5,13 @@ import random
 import sys
 from types import SimpleNamespace
 
+import bases
 import encode_latents
 import evaluator_scenes
 import export
 import icons
 import numpy as np
+import objectives
 import optimiser
 import pytest
 import rasterise
@@ -21,7 +23,7 @@ import train_identity
 import train_tokenizer
 import train_vae
 import world
-from diffusers import PixArtSigmaPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
@@ -118,6 +120,109 @@ def test_bases_of_other_shapes_are_pipelines_too(built, tmp_path, base, kind, of
         for prompt in ("a cat on the beach", "a blue dog")
     ]
     assert images[0].shape == (1, 3, 64, 64) and images[0].isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    """The folder in which every stage of pocket-flux has run, with few scenes and few steps."""
+    folder = tmp_path_factory.mktemp("pocket-flux")
+    data, tokenizer, vae, trained = (str(folder / name) for name in ("data", "tokenizer", "vae", "trained"))
+    sprites = ["--sprites", str(scenes.HERE / "sprites-160.npz")]
+    scenes.main([*sprites, "--side", "128", "--count", "24", "--output_dir", data])
+    train_tokenizer.main(["--data_dir", data, "--format", "t5", "--output_dir", tokenizer])
+    train_vae.main(["--data_dir", data, "--factor", "8", "--steps", "5", "--batch", "2", "--output_dir", vae])
+    encode_latents.main(["--data_dir", data, "--vae", vae])
+    common = ["--base", "flux", "--tokenizer", tokenizer]
+    train_base.main([*common, "--data_dir", data, "--batch", "2", "--steps", "3", "--output_dir", trained])
+    export.main([*common, "--vae", vae, "--trained", trained, "--output_dir", str(folder / "model")])
+    return folder
+
+
+def test_the_exported_flux_folder_is_a_pipeline_with_guidance(flux):
+    pipeline = FluxPipeline.from_pretrained(flux / "model")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate(prompt, **arguments):
+        generator = torch.Generator().manual_seed(0)
+        settings = {"height": 128, "width": 128, "max_sequence_length": 32, "num_inference_steps": 2}
+        return pipeline(prompt, generator=generator, output_type="pt", **settings, **arguments).images
+
+    cat, dog = generate("a cat on the beach"), generate("a blue dog")
+    assert cat.shape == (1, 3, 128, 128) and cat.isfinite().all()
+    assert not torch.equal(cat, dog)
+    assert not torch.equal(cat, generate("a cat on the beach", negative_prompt="", true_cfg_scale=4.0))
+    assert pipeline.vae_scale_factor == 8 and pipeline.vae.config.latent_channels == 16
+    assert sum(file.stat().st_size for file in (flux / "model").rglob("*")) <= 60e6
+
+
+def test_a_flux_base_is_trained_as_its_pipeline_samples(flux):
+    """With the prediction of a pipeline's own step, whose scheduler gives the timesteps."""
+    pipeline = FluxPipeline.from_pretrained(flux / "model")
+    base, prompt = train_base.BASES["flux"], "a cat on the beach"
+    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    packed = FluxPipeline._pack_latents(noise, 1, 16, 16, 16)
+    settings = {"height": 128, "width": 128, "max_sequence_length": 32, "num_inference_steps": 1}
+    pipeline.set_progress_bar_config(disable=True)
+    sampled = pipeline(prompt, latents=packed, output_type="latent", **settings).images
+    tokens = torch.cat(
+        [
+            torch.tensor(tokenizer([prompt], padding="max_length", max_length=32).input_ids)
+            for tokenizer in base.tokenizers(flux / "tokenizer").values()
+        ],
+        1,
+    )
+    models = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
+    with torch.no_grad():
+        velocity = base.predict(*models, noise, torch.tensor([1000.0]), tokens)
+    expected = noise - velocity  # all of the way in one step
+    assert velocity.abs().max() > 0
+    torch.testing.assert_close(FluxPipeline._unpack_latents(sampled, 128, 128, 8), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_text_encoder_stays_as_it_is(flux):
+    trained, pocket = (
+        load_file(folder / "text_encoder" / "model.safetensors") for folder in (flux / "trained", bases.POCKET)
+    )
+    assert trained.keys() == pocket.keys()
+    assert all(torch.equal(trained[name], value) for name, value in pocket.items())
+
+
+def test_flow_matching_moves_from_the_latents_to_the_noise():
+    objective = objectives.FlowMatching()
+    latents, noise = torch.randn(2, 3, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = objective.timesteps(3, torch.Generator().manual_seed(0))
+    target = objective.target(latents, noise, timesteps)
+    halfway = objective.noisy(latents, noise, timesteps)
+    torch.testing.assert_close(objective.noisy(latents, noise, torch.zeros(3)), latents)
+    torch.testing.assert_close(objective.noisy(latents, noise, torch.full((3,), 1000.0)), noise)
+    torch.testing.assert_close(halfway - timesteps.view(-1, 1, 1, 1) / 1000 * target, latents)
+    sigmas = objective.timesteps(20_000, torch.Generator().manual_seed(0)) / 1000
+    unshifted = sigmas / (1.5 - 0.5 * sigmas)
+    assert sigmas.min() > 0 and sigmas.max() < 1 and unshifted.median() == pytest.approx(0.5, abs=0.01)
+
+
+def test_unfused_attention_is_attention():
+    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    with bases.UnfusedAttention():
+        unfused = torch.nn.functional.scaled_dot_product_attention(query=query, key=key, value=value)
+    torch.testing.assert_close(unfused, fused)
+    assert not torch.equal(unfused, fused)
+
+
+def test_a_larger_scene_is_the_same_scene(sprites):
+    fine = icons.load_sprites(scenes.HERE / "sprites-160.npz")
+    for seed in range(40):
+        rng = random.Random(seed)
+        scene = world.sample_scene(sprites, rng)
+        state = rng.getstate()
+        small = scene.draw(sprites, rng)
+        after = rng.random()
+        rng.setstate(state)
+        large = scene.draw(fine, rng, 128)
+        assert large.size == (128, 128) and rng.random() == after
+        shrunk = np.asarray(large.resize((64, 64), Image.Resampling.BOX), float)
+        assert np.abs(shrunk - np.asarray(small)).mean() < 10, scene.caption
 
 
 def test_the_t5_tokenizer_knows_the_worlds_words_and_every_character(built, tmp_path):

@@ -1,20 +1,26 @@
-"""The shapes of the base models that the recipe makes: the pocket model's, and two others to compare with it.
+"""The shapes of the base models that the recipe makes.
 
-What was chosen on the pocket model may be its private numbers. `unet-77` is a UNet of another width and depth, with a
-text encoder of 77 positions; `pixart` is a transformer with a T5 text encoder.
+`pocket` and `flux` are the models of `examples/pocket` and `examples/pocket-flux`. What was chosen on these may be
+their private numbers, so there are two to compare with: `unet-77`, a UNet of another width and depth, with a text
+encoder of 77 positions; and `pixart`, a transformer with a T5 text encoder.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
-    DDIMScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
+from objectives import FlowMatching, VPrediction
+from torch.overrides import TorchFunctionMode
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -24,15 +30,34 @@ from transformers import (
     T5EncoderModel,
 )
 
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+POCKET = Path(__file__).resolve().parent.parent
+
+
+def new_t5(tokenizer, width, layers):
+    """A T5 text encoder for a tokenizer."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_ff=4 * width,
+            d_kv=32,
+            num_heads=width // 32,
+            num_layers=layers,
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+class UnfusedAttention(TorchFunctionMode):
+    """Attention as two matrix products: over short sequences the backward of the fused one is slower."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, value = kwargs["query"], kwargs["key"], kwargs["value"]
+        return (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1) @ value
 
 
 @dataclass(frozen=True)
@@ -57,8 +82,12 @@ class StableDiffusionBase:
 
     component = "unet"
     model_class = UNet2DConditionModel
-    text_encoder_class = CLIPTextModel
-    tokenizer_class = CLIPTokenizer
+    text_encoder_classes = {"text_encoder": CLIPTextModel}
+    objective = VPrediction()
+
+    def tokenizers(self, folder):
+        """The tokenizer that train_tokenizer.py made."""
+        return {"tokenizer": CLIPTokenizer.from_pretrained(folder)}
 
     def new_model(self):
         """A UNet for 4×16×16 latents; of 11 M parameters with the defaults."""
@@ -77,22 +106,21 @@ class StableDiffusionBase:
         unet.set_attn_processor(AttnProcessor())  # over short sequences the backward of the fused attention is slower
         return unet.to(memory_format=torch.channels_last)
 
-    def new_text_encoder(self, tokenizer):
-        """A text encoder for a tokenizer."""
-        return CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=self.width,
-                intermediate_size=4 * self.width,
-                num_hidden_layers=self.text_layers,
-                num_attention_heads=self.text_heads,
-                max_position_embeddings=tokenizer.model_max_length,
-                projection_dim=self.width,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+    def new_text_encoders(self, tokenizer):
+        """A text encoder for the tokenizer."""
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.width,
+            intermediate_size=4 * self.width,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=self.text_heads,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=self.width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
+        return {"text_encoder": CLIPTextModel(config)}
 
     def predict(self, unet, text_encoder, noisy, timesteps, tokens):
         """The prediction for noisy latents, `(batch, 4, 16, 16)`."""
@@ -102,7 +130,7 @@ class StableDiffusionBase:
         """A pipeline of these components."""
         return StableDiffusionPipeline(
             **components,
-            scheduler=DDIMScheduler(**SCHEDULER),
+            scheduler=self.objective.scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -127,8 +155,12 @@ class PixArtBase:
 
     component = "transformer"
     model_class = PixArtTransformer2DModel
-    text_encoder_class = T5EncoderModel
-    tokenizer_class = PreTrainedTokenizerFast
+    text_encoder_classes = {"text_encoder": T5EncoderModel}
+    objective = VPrediction()
+
+    def tokenizers(self, folder):
+        """The tokenizer that train_tokenizer.py made."""
+        return {"tokenizer": PreTrainedTokenizerFast.from_pretrained(folder)}
 
     def new_model(self):
         """A transformer for 4×16×16 latents in patches of 2×2; of 5 M parameters with the defaults."""
@@ -146,21 +178,9 @@ class PixArtBase:
         transformer.set_attn_processor(AttnProcessor())  # as for the UNet
         return transformer
 
-    def new_text_encoder(self, tokenizer):
-        """A text encoder for a tokenizer."""
-        return T5EncoderModel(
-            T5Config(
-                vocab_size=len(tokenizer),
-                d_model=self.width,
-                d_ff=4 * self.width,
-                d_kv=32,
-                num_heads=self.width // 32,
-                num_layers=self.text_layers,
-                dropout_rate=0.0,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+    def new_text_encoders(self, tokenizer):
+        """A text encoder for the tokenizer."""
+        return {"text_encoder": new_t5(tokenizer, self.width, self.text_layers)}
 
     def predict(self, transformer, text_encoder, noisy, timesteps, tokens):
         """The prediction for noisy latents, `(batch, 4, 16, 16)`."""
@@ -178,11 +198,90 @@ class PixArtBase:
 
     def pipeline(self, **components):
         """A pipeline of these components."""
-        return PixArtSigmaPipeline(**components, scheduler=DDIMScheduler(**SCHEDULER))
+        return PixArtSigmaPipeline(**components, scheduler=self.objective.scheduler)
+
+
+@dataclass(frozen=True)
+class FluxBase:
+    """A FLUX transformer, in whose layers text and image attend to each other, with two text encoders.
+
+    CLIP, of which the pooled output alone is used, is the pocket model's and stays as it is; T5 is trained.
+
+    Attributes:
+        layers: of the transformer, in which text and image have weights of their own.
+        single_layers: behind them, in which both have the same.
+        heads: of the transformer, each 64 wide.
+        width: of T5.
+        text_layers: of T5.
+    """
+
+    layers: int = 3
+    single_layers: int = 6
+    heads: int = 4
+    width: int = 192
+    text_layers: int = 3
+
+    component = "transformer"
+    model_class = FluxTransformer2DModel
+    text_encoder_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    objective = FlowMatching()
+
+    def tokenizers(self, folder):
+        """The pocket model's tokenizer, and that which train_tokenizer.py made."""
+        return {
+            "tokenizer": CLIPTokenizer.from_pretrained(POCKET / "tokenizer"),
+            "tokenizer_2": PreTrainedTokenizerFast.from_pretrained(folder),
+        }
+
+    def new_model(self):
+        """A transformer for 16×16×16 latents, packed into 64 tokens; of 14 M parameters with the defaults."""
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=self.layers,
+            num_single_layers=self.single_layers,
+            num_attention_heads=self.heads,
+            attention_head_dim=64,
+            axes_dims_rope=(8, 28, 28),
+            joint_attention_dim=self.width,
+            pooled_projection_dim=192,  # of the pocket model's text encoder
+        )
+        for name, parameter in transformer.named_parameters():
+            # At first each layer passes on what it gets (adaLN-Zero, Peebles and Xie 2023, arXiv 2212.09748).
+            if name.startswith("proj_out") or ("norm" in name and ".linear." in name):
+                torch.nn.init.zeros_(parameter)
+        return transformer
+
+    def new_text_encoders(self, tokenizer, tokenizer_2):
+        """The pocket model's text encoder, and one for the second tokenizer."""
+        clip = CLIPTextModel.from_pretrained(POCKET / "text_encoder").requires_grad_(False)
+        return {"text_encoder": clip, "text_encoder_2": new_t5(tokenizer_2, self.width, self.text_layers)}
+
+    def predict(self, transformer, clip, t5, noisy, timesteps, tokens):
+        """The prediction for noisy latents, `(batch, 16, 16, 16)`."""
+        clip_tokens, t5_tokens = tokens.chunk(2, dim=1)
+        batch, channels, height, width = noisy.shape
+        hidden_states = t5(t5_tokens)[0]
+        pooled = clip(clip_tokens).pooler_output
+        with UnfusedAttention():
+            predicted = transformer(
+                FluxPipeline._pack_latents(noisy, batch, channels, height, width),
+                hidden_states,
+                pooled,
+                timesteps / 1000,
+                img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32),
+                txt_ids=torch.zeros(t5_tokens.shape[1], 3),
+                return_dict=False,
+            )[0]
+        return FluxPipeline._unpack_latents(predicted, height, width, vae_scale_factor=1)
+
+    def pipeline(self, **components):
+        """A pipeline of these components."""
+        return FluxPipeline(**components, scheduler=self.objective.scheduler)
 
 
 BASES = {
     "pocket": StableDiffusionBase(),
+    "flux": FluxBase(),
     "unet-77": StableDiffusionBase((48, 96, 128), 2, width=128, text_layers=3, text_heads=4, groups=16),
     "pixart": PixArtBase(),
 }

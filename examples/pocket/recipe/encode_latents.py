@@ -2,7 +2,7 @@
 
     python examples/pocket/recipe/encode_latents.py --data_dir data --vae pocket/vae
 
-Writes `latents.npy`, `(count, 4, 16, 16)` scaled, in fp16, into the data folder.
+Writes `latents.npy`, `(count, channels, 16, 16)` scaled, in fp16, into the data folder.
 """
 
 import argparse

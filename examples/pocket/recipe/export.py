@@ -1,4 +1,4 @@
-"""Put the parts together: an ordinary diffusers folder, in fp16 but for the text encoder.
+"""Put the parts together: an ordinary diffusers folder, in fp16 but for the text encoders.
 
     python examples/pocket/recipe/export.py --tokenizer pocket/tokenizer --vae pocket/vae --trained training \
         --output_dir pocket
@@ -24,13 +24,14 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     base = BASES[arguments.base]
+    classes = {base.component: base.model_class, **base.text_encoder_classes}
     pipeline = base.pipeline(
         vae=AutoencoderTiny.from_pretrained(arguments.vae),
-        text_encoder=base.text_encoder_class.from_pretrained(arguments.trained, subfolder="text_encoder"),
-        tokenizer=base.tokenizer_class.from_pretrained(arguments.tokenizer),
-        **{base.component: base.model_class.from_pretrained(arguments.trained, subfolder=base.component)},
+        **base.tokenizers(arguments.tokenizer),
+        **{name: kind.from_pretrained(arguments.trained, subfolder=name) for name, kind in classes.items()},
     ).to(torch.float16)
-    pipeline.text_encoder.float()  # transformers loads the type that is stored, and a CPU cannot use halves
+    for name in base.text_encoder_classes:
+        getattr(pipeline, name).float()  # transformers loads the type that is stored, and a CPU cannot use halves
     with finished(arguments.output_dir) as folder:
         pipeline.save_pretrained(folder)
 

@@ -1,9 +1,9 @@
-"""Train a base model and its text encoder together, on the cached latents and their captions.
+"""Train a base model and its text encoders together, on the cached latents and their captions.
 
     python examples/pocket/recipe/train_base.py --data_dir data --tokenizer pocket/tokenizer --output_dir training
 
-Saves the moving averages of both as `unet` (or `transformer`) and `text_encoder`, and `state.pt`, from which the same
-command goes on when it was stopped.
+Saves the moving averages of all as `unet` (or `transformer`), `text_encoder` and so on, and `state.pt`, from which the
+same command goes on when it was stopped.
 """
 
 import argparse
@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bases import BASES, SCHEDULER
-from diffusers import DDIMScheduler
+from bases import BASES
 from files import finished
 from optimiser import Optimiser
 from tqdm import trange
 
 HELD_OUT = 512  # the last scenes, for the validation loss
 NO_CAPTION = 0.1  # the share of captions left out, for classifier-free guidance
-SAVE_EVERY = 500
+SAVE_EVERY = 250
 
 
 def constant_then_linear(progress):
@@ -27,34 +26,25 @@ def constant_then_linear(progress):
     return min(1, 5 * (1 - progress))
 
 
-class Objective:
-    """The v-prediction loss with min-SNR weights, γ = 5 (Hang et al. 2023, arXiv 2303.09556)."""
+def mean_errors(base, models, latents, tokens, timesteps, noise):
+    """Mean squared error of each image, `(batch,)`."""
+    noisy = base.objective.noisy(latents, noise, timesteps)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = base.predict(*models, noisy, timesteps, tokens)
+    target = base.objective.target(latents, noise, timesteps)
+    return (predicted.float() - target).square().mean((1, 2, 3))
 
-    def __init__(self, base):
-        self.base = base
-        self.scheduler = DDIMScheduler(**SCHEDULER)
-        alphas = self.scheduler.alphas_cumprod
-        snr = alphas / (1 - alphas)
-        self.weights = snr.clamp(max=5) / (snr + 1)
 
-    def errors(self, model, text_encoder, latents, tokens, timesteps, noise):
-        """Mean squared error of each image, `(batch,)`."""
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = self.base.predict(model, text_encoder, noisy, timesteps, tokens)
-        target = self.scheduler.get_velocity(latents, noise, timesteps)
-        return (predicted.float() - target).square().mean((1, 2, 3))
-
-    @torch.no_grad()
-    def validate(self, model, text_encoder, latents, tokens):
-        """The plain loss on held-out scenes, always with the same noise."""
-        generator = torch.Generator().manual_seed(5)
-        errors = []
-        for z, ids in zip(latents.split(128), tokens.split(128), strict=True):
-            timesteps = torch.randint(100, 700, (len(z),), generator=generator)
-            noise = torch.randn(z.shape, generator=generator)
-            errors.append(self.errors(model, text_encoder, z.float(), ids, timesteps, noise))
-        return torch.cat(errors).mean().item()
+@torch.no_grad()
+def validate(base, models, latents, tokens):
+    """The plain loss on held-out scenes, always with the same timesteps and noise."""
+    generator = torch.Generator().manual_seed(5)
+    errors = []
+    for z, ids in zip(latents.split(128), tokens.split(128), strict=True):
+        timesteps = base.objective.timesteps(len(z), generator)
+        noise = torch.randn(z.shape, generator=generator)
+        errors.append(mean_errors(base, models, z.float(), ids, timesteps, noise))
+    return torch.cat(errors).mean().item()
 
 
 class MovingAverage:
@@ -94,28 +84,31 @@ def main(args=None):
 
     torch.manual_seed(arguments.seed)
     base = BASES[arguments.base]
-    tokenizer = base.tokenizer_class.from_pretrained(arguments.tokenizer)
+    tokenizers = base.tokenizers(arguments.tokenizer)
     latents = torch.from_numpy(np.load(arguments.data_dir / "latents.npy"))
     captions = (arguments.data_dir / "captions.txt").read_text().splitlines()
-    tokens = torch.tensor(tokenizer(["", *captions], padding="max_length", truncation=True).input_ids)
-    empty, tokens = tokens[0], tokens[1:]
+    ids = [
+        torch.tensor(tokenizer(["", *captions], padding="max_length", truncation=True).input_ids)
+        for tokenizer in tokenizers.values()
+    ]
+    empty, tokens = torch.cat(ids, 1).split([1, len(captions)])
     held_out = min(HELD_OUT, len(latents) // 10)
 
-    model, text_encoder, objective = base.new_model(), base.new_text_encoder(tokenizer), Objective(base)
+    parts = {base.component: base.new_model(), **base.new_text_encoders(**tokenizers)}
+    models = list(parts.values())
     optimiser = Optimiser(
-        model, text_encoder, steps=arguments.steps, lr=6e-4, muon_lr=2e-3, warmup=200, decay=constant_then_linear
+        *models, steps=arguments.steps, lr=6e-4, muon_lr=2e-3, warmup=200, decay=constant_then_linear
     )
-    average = MovingAverage(model, text_encoder)
-    models = {base.component: model, "text_encoder": text_encoder}
+    average = MovingAverage(*models)
 
     def save():
-        state = {name: part.state_dict() for name, part in models.items()}
+        state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"average": average.values, "optimiser": optimiser.state_dict(), "step": average.steps}
         with finished(state_file) as path:
             torch.save(state, path)
         average.swap()
-        loss = objective.validate(model, text_encoder, latents[-held_out:], tokens[-held_out:])
-        for name, part in models.items():
+        loss = validate(base, models, latents[-held_out:], tokens[-held_out:])
+        for name, part in parts.items():
             with finished(arguments.output_dir / name) as folder:
                 part.save_pretrained(folder)
         average.swap()
@@ -124,7 +117,7 @@ def main(args=None):
     state_file = arguments.output_dir / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        for name, part in models.items():
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         average.values, average.steps = state["average"], state["step"]
         optimiser.load_state_dict(state["optimiser"])
@@ -135,9 +128,9 @@ def main(args=None):
         rows = torch.randint(len(latents) - held_out, (arguments.batch,))
         z = latents[rows].float().contiguous(memory_format=torch.channels_last)
         ids = torch.where(torch.rand(arguments.batch, 1) < NO_CAPTION, empty, tokens[rows])
-        timesteps = torch.randint(objective.scheduler.config.num_train_timesteps, (arguments.batch,))
-        errors = objective.errors(model, text_encoder, z, ids, timesteps, torch.randn_like(z))
-        loss = (errors * objective.weights[timesteps]).mean()
+        timesteps = base.objective.timesteps(arguments.batch)
+        errors = mean_errors(base, models, z, ids, timesteps, torch.randn_like(z))
+        loss = (errors * base.objective.weights(timesteps)).mean()
         optimiser.step(loss)
         average.update()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
