@@ -24,6 +24,7 @@ import train_tokenizer
 import train_vae
 import world
 from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
@@ -201,13 +202,19 @@ def test_flow_matching_moves_from_the_latents_to_the_noise():
     assert sigmas.min() > 0 and sigmas.max() < 1 and unshifted.median() == pytest.approx(0.5, abs=0.01)
 
 
-def test_unfused_attention_is_attention():
-    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
-    fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    with bases.UnfusedAttention():
-        unfused = torch.nn.functional.scaled_dot_product_attention(query=query, key=key, value=value)
-    torch.testing.assert_close(unfused, fused)
-    assert not torch.equal(unfused, fused)
+def test_the_quick_attention_processor_computes_what_diffusers_does():
+    transformer = bases.FluxBase(layers=1, single_layers=1, heads=2).new_model()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in transformer.parameters():  # many of which are zero at first
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    image, text, pooled = (torch.randn(2, *shape, generator=generator) for shape in ((4, 64), (3, 192), (192,)))
+    ids = {"img_ids": torch.arange(12.0).view(4, 3), "txt_ids": torch.zeros(3, 3)}
+    with torch.no_grad():
+        quick = transformer(image, text, pooled, torch.tensor([0.2, 0.9]), **ids).sample
+        transformer.set_attn_processor(FluxAttnProcessor())
+        expected = transformer(image, text, pooled, torch.tensor([0.2, 0.9]), **ids).sample
+    assert not torch.equal(quick, expected)
+    torch.testing.assert_close(quick, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_larger_scene_is_the_same_scene(sprites):
