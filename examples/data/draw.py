@@ -9,7 +9,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "pocket" / "recipe"))
 
-from places import SIDE, Canvas, shade  # noqa: E402
+from places import SIDE, Canvas, shade
 
 SEEDS = {"chair": 3, "mug": 4, "robot": 2, "teddy_bear": 1}
 HERE = Path(__file__).resolve().parent

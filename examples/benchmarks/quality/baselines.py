@@ -1,13 +1,13 @@
 """Textual Inversion, LoRA and Custom Diffusion, trained on the base model and the images that Perfusion is trained on.
 
 Each is set up, saved and loaded by diffusers' and peft's own code, with what diffusers' example scripts train and how:
-`textual_inversion.py`, `train_dreambooth_lora.py` and `train_custom_diffusion.py`. The templates, the schedule and,
-for a seed, every image, its template, timestep and noise are those of a Perfusion training. As in the scripts the loss
-sees all of an image, unless the subject is read with its masks. No method gets images of the super-class besides
-(prior preservation), since Perfusion gets none.
+`textual_inversion.py`, `train_dreambooth_lora.py`, for FLUX `train_dreambooth_lora_flux.py`, and
+`train_custom_diffusion.py`. The templates, the schedule and, for a seed, every image, its template, timestep and noise
+are those of a Perfusion training. As in the scripts the loss sees all of an image, unless the subject is read with its
+masks. No method gets images of the super-class besides (prior preservation), since Perfusion gets none.
 
     saved = METHODS["lora"].train(
-        pipeline, read_subject(pipeline, folder), "<my-robot>", "robot",
+        pipeline, read_subject(pipeline, subject), "<my-robot>", "robot",
         learning_rate=1e-3, steps=150, save_at=[50, 150], output_dir="trainings/lora", rank=4,
     )
     METHODS["lora"].load(fresh_pipeline, saved[150])
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import FluxPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -40,6 +40,7 @@ from diffusers_perfusion.model_families.base import edited_model, embedding_tabl
 from diffusers_perfusion.training.images import read_images, to_tensor
 from diffusers_perfusion.training.loss import masked_loss, prediction_target, snr_weights
 from diffusers_perfusion.training.masks import subject_masks
+from diffusers_perfusion.training.noise_schedule import noise_schedule
 from diffusers_perfusion.training.superclass import TEMPLATES, superclass_embeddings
 from diffusers_perfusion.training.training_data import make_training_data
 
@@ -49,23 +50,28 @@ KV_FILE = "pytorch_custom_diffusion_weights.bin"
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}  # of all three scripts
 PROJECTIONS = ["to_k", "to_q", "to_v", "to_out.0"]
+FLUX_PROJECTIONS = [
+    *(f"attn.{name}" for name in PROJECTIONS),
+    *(f"attn.{name}" for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")),
+    *(f"{part}.net.{name}" for part in ("ff", "ff_context") for name in ("0.proj", "2")),
+]
 MAX_NORM = 1.0  # of the gradients, in the scripts of LoRA and Custom Diffusion
 WARMUP = 5
 SNR_GAMMA = 0.0
 
 
 @torch.no_grad()
-def read_subject(pipeline, folder, flip=True, masked=False):
-    """Return the subject of a folder of images, with its masks or, as in the scripts, without."""
+def read_subject(pipeline, subject, flip=True, masked=False):
+    """Return the latents of a subject's images, with its masks or, as in the scripts, without."""
     family = family_of(pipeline)
-    images = read_images(folder, family.default_resolution)
-    masks, _ = subject_masks(str(Path(folder) / "masks") if masked else "none", images, folder, "", pipeline)
+    images = read_images(subject.folder, subject.side)
+    masks, _ = subject_masks(str(subject.folder / "masks") if masked else "none", images, subject.folder, "", pipeline)
     return make_training_data(family, pipeline.vae, to_tensor([image.image for image in images]), masks, flip)
 
 
 def freeze(pipeline):
     """Freeze the models, so that only what a method adds is trained."""
-    for model in (pipeline.vae, pipeline.text_encoder, edited_model(pipeline)):
+    for model in (pipeline.vae, *family_of(pipeline).text_encoders, edited_model(pipeline)):
         model.requires_grad_(False).eval()
 
 
@@ -108,11 +114,11 @@ def train(
     """
     family = family_of(pipeline)
     device = family.model.device
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    (prompt_ids,) = family.tokenize([template.format(phrase) for template in TEMPLATES])
-    prompt_ids = prompt_ids.to(device)
+    schedule = noise_schedule(pipeline.scheduler)
+    prompt_ids = [ids.to(device) for ids in family.tokenize([template.format(phrase) for template in TEMPLATES])]
+    side = subject.latents.shape[-1] * family.vae_scale_factor
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
-    schedule = get_scheduler(
+    lr_factor = get_scheduler(
         lr_scheduler, optimizer, num_warmup_steps=WARMUP, num_training_steps=steps + 1
     ).lr_lambdas[0]
     saved = {}
@@ -122,30 +128,30 @@ def train(
         sampled = (
             torch.randint(len(subject.latents), (batch_size,), generator=generator),
             torch.randint(len(TEMPLATES), (batch_size,), generator=generator),
-            torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator),
+            torch.randint(schedule.config.num_train_timesteps, (batch_size,), generator=generator),
             torch.randn((batch_size, *subject.latents.shape[1:]), generator=generator),
         )
         images, prompts, timesteps, noise = (values.to(device) for values in sampled)
 
         if each_prompt:
-            encoding = family.encode([prompt_ids[prompts]])
+            encoding = family.encode([ids[prompts] for ids in prompt_ids])
         else:
             chosen = F.one_hot(prompts, len(TEMPLATES)).float()
-            encoding = family.encode([prompt_ids])
+            encoding = family.encode(prompt_ids)
             encoding = encoding.map(lambda part, chosen=chosen: torch.tensordot(chosen, part.to(chosen), dims=1))
         latents = subject.latents[images]
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        noisy = schedule.add_noise(latents, noise, timesteps)
         # On a CPU the backward of the other kernel takes a third of a step in bfloat16.
         kernel = sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), kernel:
-            prediction = family.predict(family.model, noisy, timesteps, encoding, family.default_resolution)
-        target = prediction_target(scheduler, latents, noise, timesteps)
-        loss = masked_loss(prediction, target, subject.masks[images], snr_weights(scheduler, timesteps, SNR_GAMMA))
+            prediction = family.predict(family.model, noisy, timesteps, encoding, side)
+        target = prediction_target(schedule, latents, noise, timesteps)
+        loss = masked_loss(prediction, target, subject.masks[images], snr_weights(schedule, timesteps, SNR_GAMMA))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
         if not norm.isfinite() or norm == 0:
             raise RuntimeError(f"the gradients of step {index + 1} are {'zero' if norm == 0 else 'not finite'}")
-        optimizer.param_groups[0]["lr"] = learning_rate * schedule(index + 1)
+        optimizer.param_groups[0]["lr"] = learning_rate * lr_factor(index + 1)
         optimizer.step()
         optimizer.zero_grad()
         if (step := index + 1) in (save_at or (steps,)):
@@ -204,13 +210,14 @@ def load_textual_inversion(pipeline, *folders):
     pipeline.load_textual_inversion([str(folder) for folder in folders])
 
 
-def lora(pipeline, subject, placeholder_token, superclass, *, rank, changes=PROJECTIONS, phrase=None, seed=0, **how):
-    """Train low-rank changes of projections of the model, by default all of all attention layers.
+def lora(pipeline, subject, placeholder_token, superclass, *, rank, changes=None, phrase=None, seed=0, **how):
+    """Train low-rank changes of projections of the model, by default of those that the scripts train.
 
     `changes` says which, as peft's `target_modules`; `how` is of `train`.
     """
     freeze(pipeline)
     model = edited_model(pipeline)
+    changes = changes or (FLUX_PROJECTIONS if isinstance(pipeline, FluxPipeline) else PROJECTIONS)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -218,7 +225,9 @@ def lora(pipeline, subject, placeholder_token, superclass, *, rank, changes=PROJ
 
     def save(folder):
         layers = {name: tensor.half() for name, tensor in get_peft_model_state_dict(model).items()}
-        if hasattr(pipeline, "save_lora_weights"):
+        if isinstance(pipeline, FluxPipeline):
+            pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+        elif hasattr(pipeline, "save_lora_weights"):
             pipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(layers))
         else:  # diffusers loads no LoRA into PixArt
             save_file(layers, folder / LORA_FILE, metadata={"rank": str(rank), "changes": json.dumps(changes)})

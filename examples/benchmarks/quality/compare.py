@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, PixArtSigmaPipeline
 from PIL import Image
 from subjects import POCKET, PROMPTS, compose_subject
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from variants import ICONS, PANELS
 from diffusers_perfusion.files import write_atomically
 
 BATCH = 16
+GUIDANCE_SCALE = 5.0
 
 
 def load_base(source):
@@ -38,15 +39,22 @@ def encode(pipeline, prompts):
         length = pipeline.tokenizer.model_max_length
         positive, mask, negative, negative_mask = pipeline.encode_prompt(prompts, max_sequence_length=length)
         masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": negative_mask}
-        options = {"negative_prompt": None, "use_resolution_binning": False} | masks
+        options = {"guidance_scale": GUIDANCE_SCALE, "negative_prompt": None, "use_resolution_binning": False} | masks
+    elif isinstance(pipeline, FluxPipeline):
+        length = pipeline.tokenizer_2.model_max_length
+        positive, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=length)
+        negative, negative_pooled, _ = pipeline.encode_prompt([""] * len(prompts), None, max_sequence_length=length)
+        options = {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
+        options["true_cfg_scale"] = GUIDANCE_SCALE
     else:
-        (positive, negative), options = pipeline.encode_prompt(prompts, pipeline.device, 1, True), {}
+        positive, negative = pipeline.encode_prompt(prompts, pipeline.device, 1, True)
+        options = {"guidance_scale": GUIDANCE_SCALE}
     return {"prompt_embeds": positive, "negative_prompt_embeds": negative} | options
 
 
 @torch.no_grad()
-def generate(pipeline, prompts, seeds, num_inference_steps=25, **options):
-    """Generate an image for each prompt and seed, with the text encoder in float32 and the rest in bfloat16."""
+def generate(pipeline, prompts, seeds, num_inference_steps=25, side=64, **options):
+    """Generate an image for each prompt and seed, with the text encoders in float32 and the rest in bfloat16."""
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     images = []
     for start in range(0, len(wanted), BATCH):
@@ -55,7 +63,8 @@ def generate(pipeline, prompts, seeds, num_inference_steps=25, **options):
         with torch.autocast("cpu", torch.bfloat16):
             images += pipeline(
                 num_inference_steps=num_inference_steps,
-                guidance_scale=5.0,
+                height=side,
+                width=side,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 **encoded,
                 **options,
@@ -69,7 +78,7 @@ def job(name, icon, options):
     variant = next(variant for variant in PANELS[options.panel] if variant.name == name)
     folder = options.output_dir / "runs" / name / icon
     folder.mkdir(parents=True, exist_ok=True)
-    subject = compose_subject(icon, options.output_dir / "subjects")
+    subject = compose_subject(icon, options.output_dir / "subjects", options.side)
     prompts = [prompt.text.format(variant.phrase(subject)) for prompt in PROMPTS]
     rows, points = [], []
     with variant.changes():
@@ -79,7 +88,10 @@ def job(name, icon, options):
         for step, file in trained.items():
             pipeline = load_base(options.base)
             for knob, settings in variant.load(pipeline, subject, file):
-                rows.append(generate(pipeline, prompts, range(options.seeds), options.num_inference_steps, **settings))
+                generated = generate(
+                    pipeline, prompts, range(options.seeds), options.num_inference_steps, options.side, **settings
+                )
+                rows.append(generated)
                 points.append({"steps": step, "knob": knob})
     size = max(variant.bytes(file) for file in trained.values())
     paste(rows).save(folder / "images.png")
@@ -103,6 +115,7 @@ def main(args=None):
     parser.add_argument("--panel", choices=PANELS, default="main")
     parser.add_argument("--only", action="append", help="Name of a variant; by default all of the panel; repeatable.")
     parser.add_argument("--base", default=str(POCKET))
+    parser.add_argument("--side", type=int, default=64, help="Of the images, in pixels: 64 or 128.")
     parser.add_argument("--seeds", type=int, default=4, help="Images for each prompt.")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="Denoising steps of an image.")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="0 runs all jobs in this one.")

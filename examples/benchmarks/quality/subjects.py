@@ -146,26 +146,32 @@ class Subject:
         """The placeholder token of methods that train one."""
         return f"<my-{self.superclass.split()[-1]}>"
 
+    @property
+    def side(self):
+        """Of its images, in pixels."""
+        return self.images()[0].width
+
     def images(self):
         """Its images."""
         return [Image.open(path).convert("RGB") for path in sorted(self.folder.glob("*.png"))]
 
 
-def compose_subject(icon, output_dir):
-    """Compose the images of a subject as those in examples/data, unless they are there."""
+def compose_subject(icon, output_dir, side=64):
+    """Compose the images of a subject as those in examples/data, `side × side`, unless they are there."""
     folder = Path(output_dir) / icon
-    sprite = load_sprites(POCKET / "recipe" / "sprites.npz", [CONCEPT_RENDITION])[icon][CONCEPT_RENDITION]
-    compose_images(Image.fromarray(sprite), icon, folder)
+    sprites = POCKET / "recipe" / ("sprites.npz" if side == 64 else "sprites-160.npz")
+    sprite = load_sprites(sprites, [CONCEPT_RENDITION])[icon][CONCEPT_RENDITION]
+    compose_images(Image.fromarray(sprite), icon, folder, side)
     return Subject(icon, folder)
 
 
-def compose_images(sprite, seed, folder):
-    """Compose five images of a sprite, and their masks, unless they are there."""
+def compose_images(sprite, seed, folder, side=64):
+    """Compose five images of a sprite, `side × side`, and their masks, unless they are there."""
     if (folder / "masks" / "5.png").exists():
         return
     (folder / "masks").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for number, place in enumerate((room, meadow, plain, city, snow), start=1):
-        image, mask = compose(rng, place, sprite)
+        image, mask = compose(rng, place, sprite, side)
         image.save(folder / f"{number}.png")
         mask.save(folder / "masks" / f"{number}.png")

@@ -80,7 +80,7 @@ class Baseline:
         """Train in bfloat16."""
         return METHODS[self.method].train(
             pipeline,
-            read_subject(pipeline, subject.folder, masked=self.masked),
+            read_subject(pipeline, subject, masked=self.masked),
             subject.placeholder_token,
             subject.superclass,
             learning_rate=self.rate,
@@ -148,6 +148,7 @@ class Perfusion:
             instance_data_dir=str(images),
             placeholder_token=subject.placeholder_token,
             superclass=subject.superclass,
+            resolution=subject.side,
             output_dir=str(folder / "training"),
             mixed_precision="bf16",
             **{"checkpointing_steps": 50, **self.settings},
