@@ -6,7 +6,7 @@ import baselines
 import compare
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline, StableDiffusionPipeline
+from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from variants import PANELS
@@ -36,7 +36,7 @@ def subject(fresh, images_folder):
     for path in images_folder.glob("*.png"):
         with Image.open(path) as image:
             Image.linear_gradient("L").resize(image.size).save(images_folder / "masks" / path.name)
-    return baselines.read_subject(fresh(), images_folder)
+    return baselines.read_subject(fresh(), images_folder, 16)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def tensors(pipeline):
 def test_the_subject_is_what_a_training_reads(subject, fresh, images_folder):
     assert subject.latents.shape == (6, 4, 8, 8) and subject.masks.shape == (6, 1, 8, 8)
     assert subject.masks.eq(1).all()
-    masked = baselines.read_subject(fresh(), images_folder, masked=True)
+    masked = baselines.read_subject(fresh(), images_folder, 16, masked=True)
     assert torch.equal(masked.latents, subject.latents)
     assert masked.masks[0, 0, -1, 0] == 1 > masked.masks[0, 0, 0, 0]  # the gradient is kept
 
@@ -229,18 +229,21 @@ def test_a_known_token_or_gradients_that_are_zero_are_refused(train, fresh):
         train("textual_inversion", pipeline, placeholder_token="<a-token>", phrase="dog")
 
 
-def test_a_lora_of_pixart_is_trained_loaded_and_scaled(pixart_components, images_folder, tmp_path):
+@pytest.mark.parametrize("base", [PixArtSigmaPipeline, FluxPipeline])
+def test_a_lora_of_a_transformer_is_trained_loaded_and_scaled(base, request, images_folder, tmp_path):
+    components = request.getfixturevalue({PixArtSigmaPipeline: "pixart", FluxPipeline: "flux"}[base] + "_components")
+
     def make():
-        pipeline = PixArtSigmaPipeline(**copy.deepcopy(pixart_components))
+        pipeline = base(**copy.deepcopy(components))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def generate(pipeline):
-        (image,) = compare.generate(pipeline, ["a cat on the beach"], [0], 2, height=16, width=16)
+        (image,) = compare.generate(pipeline, ["a cat on the beach"], [0], 2, side=16)
         return to_tensor([image])
 
     pipeline, method = make(), baselines.METHODS["lora"]
-    subject = baselines.read_subject(pipeline, images_folder)
+    subject = baselines.read_subject(pipeline, images_folder, 16)
     settings = {"learning_rate": 0.1, "steps": 2, "batch_size": 4, "output_dir": tmp_path, "rank": 2}
     saved = method.train(pipeline, subject, TOKEN, SUPERCLASS, **settings)
     loaded, plain = make(), generate(make())

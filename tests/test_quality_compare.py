@@ -28,6 +28,7 @@ from variants import Base, Baseline, Perfusion
 from world import Thing
 
 from diffusers_perfusion.evaluation import IdentityEncoder
+from diffusers_perfusion.training.images import to_tensor
 
 
 def test_the_images_of_a_thing_are_the_same_each_time(tmp_path):
@@ -40,6 +41,11 @@ def test_the_images_of_a_thing_are_the_same_each_time(tmp_path):
         with Image.open(path) as image, Image.open(one.folder / "masks" / path.name) as mask:
             assert image.size == mask.size
             assert mask.getextrema() == (0, 255)
+    large = subjects.compose_subject("teddy-bear", tmp_path / "large", side=128)
+    assert (one.side, large.side) == (64, 128)
+    for small, image in zip(one.images(), large.images(), strict=True):  # the same images in more detail
+        difference = to_tensor([small]) - to_tensor([image.resize((64, 64), Image.Resampling.LANCZOS)])
+        assert difference.abs().mean() < 0.02
 
 
 @pytest.fixture

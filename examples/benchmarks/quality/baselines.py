@@ -7,7 +7,7 @@ are those of a Perfusion training. As in the scripts the loss sees all of an ima
 masks. No method gets images of the super-class besides (prior preservation), since Perfusion gets none.
 
     saved = METHODS["lora"].train(
-        pipeline, read_subject(pipeline, subject), "<my-robot>", "robot",
+        pipeline, read_subject(pipeline, folder, side=64), "<my-robot>", "robot",
         learning_rate=1e-3, steps=150, save_at=[50, 150], output_dir="trainings/lora", rank=4,
     )
     METHODS["lora"].load(fresh_pipeline, saved[150])
@@ -61,12 +61,13 @@ SNR_GAMMA = 0.0
 
 
 @torch.no_grad()
-def read_subject(pipeline, subject, flip=True, masked=False):
-    """Return the latents of a subject's images, with its masks or, as in the scripts, without."""
-    family = family_of(pipeline)
-    images = read_images(subject.folder, subject.side)
-    masks, _ = subject_masks(str(subject.folder / "masks") if masked else "none", images, subject.folder, "", pipeline)
-    return make_training_data(family, pipeline.vae, to_tensor([image.image for image in images]), masks, flip)
+def read_subject(pipeline, folder, side, flip=True, masked=False):
+    """Return the latents of a folder of images, `side × side`, with its masks or, as in the scripts, without."""
+    images = read_images(folder, side)
+    masks, _ = subject_masks(str(Path(folder) / "masks") if masked else "none", images, folder, "", pipeline)
+    return make_training_data(
+        family_of(pipeline), pipeline.vae, to_tensor([image.image for image in images]), masks, flip
+    )
 
 
 def freeze(pipeline):

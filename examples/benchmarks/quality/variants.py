@@ -80,7 +80,7 @@ class Baseline:
         """Train in bfloat16."""
         return METHODS[self.method].train(
             pipeline,
-            read_subject(pipeline, subject, masked=self.masked),
+            read_subject(pipeline, subject.folder, subject.side, masked=self.masked),
             subject.placeholder_token,
             subject.superclass,
             learning_rate=self.rate,
