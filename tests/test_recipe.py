@@ -27,7 +27,7 @@ from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from diffusers_perfusion.evaluation import ClipEncoder, IdentityEncoder
 
@@ -266,6 +266,20 @@ def test_the_unet_training_is_resumed(built, tmp_path, monkeypatch):
     assert (state["step"], later["step"]) == (2, 4)
     moved = [(state["unet"][name] - later["unet"][name]).abs().max() for name in state["unet"]]
     assert 0 < max(moved) < 0.01  # from the weights it had, and not from new ones
+
+
+def test_compiled_models_are_saved_like_others(built, tmp_path, monkeypatch):
+    compiled, calls = torch.nn.Module.compile, []
+
+    def compile_eagerly(self):
+        calls.append(type(self))
+        compiled(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    train_base.main([*built.unet[:-1], str(tmp_path), "--steps", "1", "--compile"])
+    assert calls == [UNet2DConditionModel, CLIPTextModel]
+    state, plain = torch.load(tmp_path / "state.pt"), torch.load(built.folder / "trained" / "state.pt")
+    assert state["unet"].keys() == plain["unet"].keys()
 
 
 def test_the_saved_unet_is_the_moving_average(built):

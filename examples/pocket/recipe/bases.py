@@ -51,16 +51,17 @@ def new_t5(tokenizer, width, layers):
 class QuickFluxAttnProcessor:
     """Computes what `FluxAttnProcessor` does, in two thirds of the time of a training step over short sequences.
 
-    Attention is two matrix products, for the backward of the fused one is slow there, and the rotation a complex one.
+    Attention is two matrix products, for the backward of the fused one is slow there.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         cos, sin = image_rotary_emb
-        rotation = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]
+        cos, sin = cos[:, None, ::2], sin[:, None, ::2]
 
         def rotate(heads):
-            pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-            return torch.view_as_real(pairs * rotation).flatten(-2).to(heads.dtype)
+            real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+            rotated = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+            return rotated.flatten(-2).to(heads.dtype)
 
         def heads(project, states):
             return project(states).unflatten(-1, (attn.heads, -1))

@@ -36,6 +36,7 @@ def mean_errors(base, models, latents, tokens, timesteps, noise):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # its batches have another size
 def validate(base, models, latents, tokens):
     """The plain loss on held-out scenes, always with the same timesteps and noise."""
     generator = torch.Generator().manual_seed(5)
@@ -78,6 +79,7 @@ def main(args=None):
     parser.add_argument("--base", choices=BASES, default="pocket", help="Its shape.")
     parser.add_argument("--steps", type=int, default=9300)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--compile", action="store_true", help="Compile the models, which takes minutes at first.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args(args)
@@ -96,6 +98,9 @@ def main(args=None):
 
     parts = {base.component: base.new_model(), **base.new_text_encoders(**tokenizers)}
     models = list(parts.values())
+    if arguments.compile:
+        for model in models:
+            model.compile()
     optimiser = Optimiser(
         *models, steps=arguments.steps, lr=6e-4, muon_lr=2e-3, warmup=200, decay=constant_then_linear
     )
