@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTH, make_pixart, random_concept
+from conftest import LENGTH, make_flux, make_pixart, random_concept
 from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
@@ -212,21 +212,33 @@ def test_a_long_prompt_in_any_script_names_an_image(generate):
     assert name.startswith("00-my-cat-猫") and len(name.encode()) < 100
 
 
-@pytest.mark.parametrize(("flags", "expected"), [([], 3.5), (["--guidance_scale", "2"], 2.0)])
-def test_the_guidance_of_joint_attention_is_the_pipeline_s_own(flux_pipeline, tmp_path, monkeypatch, flags, expected):
+@pytest.mark.parametrize(
+    ("distilled", "flags", "expected"),
+    [
+        (True, [], [("a <my-cat>", 3.5, LENGTH)]),
+        (True, ["--guidance_scale", "2"], [("a <my-cat>", 2.0, LENGTH)]),
+        (False, [], [("a <my-cat>", 3.5, LENGTH)]),
+        (False, ["--guidance_scale", "2"], [("a <my-cat>", 3.5, LENGTH), ("", 3.5, LENGTH)]),
+    ],
+)
+def test_the_guidance_of_joint_attention_is_the_pipeline_s_own(
+    flux_pipeline, tmp_path, monkeypatch, distilled, flags, expected
+):
+    """Models that are not distilled from guidance are guided by an empty negative prompt."""
+    flux_pipeline.register_modules(transformer=make_flux(distilled))
     flux_pipeline.save_pretrained(tmp_path / "flux")
     path = random_concept(flux_pipeline).save(tmp_path / "cat.safetensors")
     seen, encode = [], FluxPipeline._get_t5_prompt_embeds
 
-    def see(self, *args, max_sequence_length, **kwargs):
-        seen.append((self.guidance_scale, max_sequence_length))
-        return encode(self, *args, max_sequence_length=max_sequence_length, **kwargs)
+    def see(self, prompt, *args, max_sequence_length, **kwargs):
+        seen.append((prompt if isinstance(prompt, str) else prompt[0], self.guidance_scale, max_sequence_length))
+        return encode(self, prompt, *args, max_sequence_length=max_sequence_length, **kwargs)
 
     monkeypatch.setattr(FluxPipeline, "_get_t5_prompt_embeds", see)
     command = ["generate", "--pretrained_model_name_or_path", str(tmp_path / "flux"), "--num_inference_steps", "1"]
     command += ["--concept", str(path), "--prompt", "a <my-cat>", "--output_dir", str(tmp_path / "images")]
     assert main([*command, *flags]) == 0
-    assert seen == [(expected, LENGTH)]  # and texts are as long as the tokenizer allows
+    assert seen == expected  # and texts are as long as the tokenizer allows
 
 
 def test_a_pipeline_whose_first_argument_is_an_image_gets_the_prompt(klein_pipeline, tmp_path, capsys):

@@ -349,7 +349,7 @@ class ModelFamily:
 
     # Images
 
-    def call_arguments(self, guidance_scale: float | None) -> dict[str, float]:
+    def call_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """Return the arguments of a pipeline's call for a guidance scale, and for texts as long as in training.
 
         Args:

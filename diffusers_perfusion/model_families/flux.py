@@ -28,6 +28,11 @@ class Flux(PackedFamily):
         """CLIP's output is the pooled vector, and T5's the hidden states."""
         return TextPart(pooled=slice(None)), TextPart(slice(None))
 
+    @property
+    def true_guidance(self) -> bool:
+        """Whether the model is not distilled from guidance, which it would get as a number."""
+        return not self.model.config.guidance_embeds
+
     def encode(self, input_ids: Sequence[Tensor]) -> PromptEncoding:
         """Encode token ids to T5's hidden states and CLIP's pooled vectors."""
         clip, t5 = (

@@ -22,7 +22,6 @@ class JointFamily(ModelFamily):
         block_lists: names of the model's lists of blocks.
         attention: name of each block's attention layer.
         image_reader: name of the component by which a pipeline's text encoder also reads images; None for none.
-        guidance_argument: name of the guidance scale in a pipeline's call.
 
     Raises:
         ValueError: if the pipeline has such a component.
@@ -32,7 +31,6 @@ class JointFamily(ModelFamily):
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     attention: ClassVar[str] = "attn"
     image_reader: ClassVar[str | None] = None
-    guidance_argument: ClassVar[str] = "guidance_scale"
     max_sequence_length: ClassVar[int] = 512
 
     def __init__(self, pipeline: Any):
@@ -75,14 +73,24 @@ class JointFamily(ModelFamily):
     def _max_length(self, tokenizer: Any) -> int:
         return min(tokenizer.model_max_length, self.max_sequence_length)
 
-    def call_arguments(self, guidance_scale: float | None) -> dict[str, float]:
+    @property
+    def true_guidance(self) -> bool:
+        """Whether pipelines are guided by `true_cfg_scale`, which they leave out where there is no negative prompt."""
+        return False
+
+    def call_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """Return the arguments of a pipeline's call for a guidance scale, and for texts as long as in training.
 
         Args:
             guidance_scale: None for the pipeline's own. That depends on the model: to one that is distilled from
                 guidance it is a number that it gets, and not a scale.
         """
-        arguments = {} if guidance_scale is None else {self.guidance_argument: float(guidance_scale)}
+        if guidance_scale is None:
+            arguments: dict[str, Any] = {}
+        elif self.true_guidance:
+            arguments = {"true_cfg_scale": float(guidance_scale), "negative_prompt": ""}
+        else:
+            arguments = {"guidance_scale": float(guidance_scale)}
         # Pipelines limit the text of the last text encoder, by default to the same length for every tokenizer.
         if len(self.tokenizers) == len(self.text_components):
             length = self.tokenizers[-1].model_max_length

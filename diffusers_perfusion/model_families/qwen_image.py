@@ -20,7 +20,7 @@ class QwenImage(PackedFamily, UnpaddedFamily):
     model_classes = ("QwenImageTransformer2DModel",)
     block_lists = ("transformer_blocks",)
     image_reader = "processor"
-    guidance_argument = "true_cfg_scale"
+    true_guidance = True
     mask_argument = "encoder_hidden_states_mask"
     hidden_state_index = -1
 

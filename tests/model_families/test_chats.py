@@ -89,7 +89,7 @@ def test_values_are_edited_at_the_last_token_of_the_superclass_alone(pipe, draw,
 @pytest.mark.parametrize("pipe", ["qwen_image_pipeline"], indirect=True)
 def test_a_guidance_scale_is_the_one_that_the_pipeline_follows(pipe, draw):
     arguments = family_of(pipe).call_arguments(3.0)
-    assert effect(draw("a cat", negative_prompt="a dog", **arguments), draw("a cat", negative_prompt="a dog")) > 1e-3
+    assert effect(draw("a cat", **arguments), draw("a cat", negative_prompt="")) > 1e-3
 
 
 def test_a_token_that_falls_off_the_end_is_warned_of(pipe, draw, concept, caplog):

@@ -149,9 +149,9 @@ def main(args=None):
     if arguments.report_dir:
         arguments.report_dir.mkdir(parents=True, exist_ok=True)
         (arguments.report_dir / f"{arguments.panel}.md").write_text(report)
-        if arguments.panel == "main":  # the others have more lines than a plot can show
-            plot(fronts).savefig(arguments.report_dir / "main.png", dpi=120)
-        if arguments.panel in ("main", "transfer"):
+        if arguments.panel in ("main", "flux"):  # the others have more lines than a plot can show
+            plot(fronts).savefig(arguments.report_dir / f"{arguments.panel}.png", dpi=120)
+        if arguments.panel in ("main", "flux", "transfer"):
             for icon in icons:
                 contact_sheet(arguments.output_dir, icon).save(arguments.report_dir / f"{icon}.png")
         rows = [

@@ -15,7 +15,7 @@ import plain_prompts
 import prompt_forms
 import report
 import two_concepts
-from variants import PANELS
+from variants import OF_OTHER_BASES, PANELS
 
 
 def main(args=None):
@@ -26,7 +26,7 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     folders = ["--output_dir", str(arguments.output_dir), "--report_dir", str(arguments.report_dir)]
-    for panel in (panel for panel in PANELS if panel != "transfer"):  # which needs other base models
+    for panel in (panel for panel in PANELS if panel not in OF_OTHER_BASES):
         compare.main(["--panel", panel, "--seeds", "2" if panel == "tuning" else "4", *folders[:2]])
         report.main(["--panel", panel, *folders])
     two_concepts.main(folders)

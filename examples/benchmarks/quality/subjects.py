@@ -156,11 +156,15 @@ class Subject:
         return [Image.open(path).convert("RGB") for path in sorted(self.folder.glob("*.png"))]
 
 
+def sprites_of(side):
+    """Return the sprites for images of a side in pixels."""
+    return POCKET / "recipe" / ("sprites.npz" if side == 64 else "sprites-160.npz")
+
+
 def compose_subject(icon, output_dir, side=64):
     """Compose the images of a subject as those in examples/data, `side × side`, unless they are there."""
     folder = Path(output_dir) / icon
-    sprites = POCKET / "recipe" / ("sprites.npz" if side == 64 else "sprites-160.npz")
-    sprite = load_sprites(sprites, [CONCEPT_RENDITION])[icon][CONCEPT_RENDITION]
+    sprite = load_sprites(sprites_of(side), [CONCEPT_RENDITION])[icon][CONCEPT_RENDITION]
     compose_images(Image.fromarray(sprite), icon, folder, side)
     return Subject(icon, folder)
 

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/quality/two_concepts.py --output_dir outputs/quality --report_dir results
 
-Uses what `compare.py --panel main` has trained, and two classifiers. One is the identity encoder, on the left and the
-right half of an image. The other is CLIP: it sees both nouns if an image is nearer to the full prompt than to either
-prompt with one of both things alone. True images say how far to trust them.
+Uses what `compare.py --panel main` or `--panel flux` has trained, and two classifiers. One is the identity encoder, on
+the left and the right half of an image. The other is CLIP: it sees both nouns if an image is nearer to the full prompt
+than to either prompt with one of both things alone. True images say how far to trust them.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from baselines import METHODS
+from baselines import METHODS, scale_lora
 from compare import generate, load_base, paste
 from icons import BASE_RENDITIONS, CONCEPT_RENDITION, load_sprites
-from subjects import POCKET, TEST, compose_subject
+from subjects import POCKET, TEST, compose_subject, sprites_of
 from tqdm import tqdm
 from world import Scene, Thing, sample_place, sample_thing
 
@@ -34,13 +34,13 @@ PROMPTS = (
     "a {} and a {} in space",
     "a photo of a {} wearing a top hat next to a {} in the desert",
 )
-HALVES = (0, 16, 40, 56), (24, 16, 64, 56)
+HALVES = (0, 1 / 4, 5 / 8, 7 / 8), (3 / 8, 1 / 4, 1, 7 / 8)  # as shares of an image's sides
 MEASURES = ("both things found in the halves", "CLIP sees both nouns")
 
 
 def halves(image):
     """Return the left and the right part of an image, where the two subjects of a scene are."""
-    return [image.crop(box) for box in HALVES]
+    return [image.crop([round(image.width * share) for share in box]) for box in HALVES]
 
 
 class Finder:
@@ -52,10 +52,11 @@ class Finder:
         identity: the encoder.
         sprites: of all renditions.
         icons: of the things, in the rendition of the concepts.
+        side: of the scenes, in pixels.
         views: scenes that each thing is learned from, and half as many as those that set its threshold.
     """
 
-    def __init__(self, identity, sprites, icons, views=200, seed=0):
+    def __init__(self, identity, sprites, icons, side, views=200, seed=0):
         self.identity, self.icons, rng = identity, list(icons), random.Random(seed)
         seen = {icon: {name: s for name, s in sprites[icon].items() if name in BASE_RENDITIONS} for icon in sprites}
         prototypes, thresholds = [], []
@@ -63,10 +64,10 @@ class Finder:
             thing, right = Thing(icon, CONCEPT_RENDITION), []
             for view in range(views):
                 pair = (thing, another_thing(seen, icon, rng)) if view % 2 else (another_thing(seen, icon, rng), thing)
-                right.append(halves(side_by_side(*pair, sprites, rng))[0 if view % 2 else 1])
+                right.append(halves(side_by_side(*pair, sprites, rng, side))[0 if view % 2 else 1])
             prototype = F.normalize(identity.encode_images(right).mean(0), dim=0)
             pairs = [[another_thing(seen, icon, rng) for _ in range(2)] for _ in range(2 * views)]
-            wrong = [half for pair in pairs for half in halves(side_by_side(*pair, sprites, rng))]
+            wrong = [half for pair in pairs for half in halves(side_by_side(*pair, sprites, rng, side))]
             highest = (identity.encode_images(wrong) @ prototype).unflatten(0, (-1, 2)).amax(-1)
             prototypes.append(prototype)
             thresholds.append(highest.quantile(0.95))
@@ -90,9 +91,9 @@ def another_thing(sprites, icon, rng):
     return thing
 
 
-def side_by_side(first, second, sprites, rng):
-    """Return a true image of two things somewhere."""
-    return Scene(first, sample_place(rng), "next to", second).draw(sprites, rng)
+def side_by_side(first, second, sprites, rng, side):
+    """Return a true image of two things somewhere, `side × side`."""
+    return Scene(first, sample_place(rng), "next to", second).draw(sprites, rng, side)
 
 
 def clip_sees_both(clip, images, prompts, alone):
@@ -109,7 +110,7 @@ class Entry:
     Attributes:
         name: in the report.
         run: whose trainings are used, a folder of `compare.py`'s runs.
-        load: a function of a fresh pipeline and two folders, to what the pipeline is called with.
+        load: a function of a fresh pipeline and two folders, which loads both.
         calls: what names a subject in a prompt, of its `placeholder_token` and `superclass`.
     """
 
@@ -118,15 +119,15 @@ class Entry:
     load: Callable
     calls: str
 
-    def generate(self, base, runs, subjects, seeds):
-        """Return an image of each prompt and seed."""
+    def generate(self, base, side, runs, subjects, seeds):
+        """Return an image of each prompt and seed, `side × side`."""
         pipeline = load_base(base)
-        settings = self.load(pipeline, [runs / self.run / subject.icon for subject in subjects])
+        self.load(pipeline, [runs / self.run / subject.icon for subject in subjects])
         names = [
             self.calls.format(placeholder_token=subject.placeholder_token, superclass=subject.superclass)
             for subject in subjects
         ]
-        return generate(pipeline, [prompt.format(*names) for prompt in PROMPTS], range(seeds), **settings)
+        return generate(pipeline, [prompt.format(*names) for prompt in PROMPTS], range(seeds), side=side)
 
 
 def perfusion(bias):
@@ -135,7 +136,6 @@ def perfusion(bias):
     def load(pipeline, folders):
         add_perfusion(pipeline).load_perfusion([folder / "training" / "perfusion.safetensors" for folder in folders])
         pipeline.set_perfusion(bias=bias)
-        return {}
 
     return Entry(f"Perfusion, β {bias}", "perfusion", load, "{placeholder_token}")
 
@@ -145,20 +145,21 @@ def baseline(name, run, method, step, scale=None):
 
     def load(pipeline, folders):
         METHODS[method].load(pipeline, *[folder / f"step-{step}" for folder in folders])
-        return {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
+        if scale is not None:
+            scale_lora(pipeline, scale)
 
     return Entry(name, run, load, METHODS[method].calls)
 
 
 ENTRIES = [
-    Entry("base model, two nouns", "base", lambda pipeline, folders: {}, "{superclass}"),
+    Entry("base model, two nouns", "base", lambda pipeline, folders: None, "{superclass}"),
     *[perfusion(bias) for bias in (0.7, 1.0)],
     baseline("LoRAs of rank 4 merged, scale 0.6", "lora4", "lora", 250, 0.6),
     baseline("Textual Inversion tokens", "textual inversion", "textual_inversion", 150),
 ]
 
 
-def true_scenes(rendition, pair, seeds, rng, sprites):
+def true_scenes(rendition, pair, seeds, rng, sprites, side):
     """Return true images of what the prompts say, with things of one rendition."""
     first, second = (Thing(subject.icon, rendition) for subject in pair)
     scenes = [
@@ -170,7 +171,7 @@ def true_scenes(rendition, pair, seeds, rng, sprites):
         )
         for prompt in PROMPTS
     ]
-    return [scene.draw(sprites, rng) for scene in scenes for _ in range(seeds)]
+    return [scene.draw(sprites, rng, side) for scene in scenes for _ in range(seeds)]
 
 
 def count(images, pair, seeds, finder, clip):
@@ -186,6 +187,7 @@ def main(args=None):
     """Generate the pairs and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(POCKET))
+    parser.add_argument("--side", type=int, default=64, help="Of the images, in pixels: 64 or 128.")
     parser.add_argument("--clip", default=str(POCKET / "evaluators" / "clip"))
     parser.add_argument("--identity", default=str(POCKET / "evaluators" / "identity"))
     parser.add_argument("--seeds", type=int, default=2)
@@ -194,17 +196,22 @@ def main(args=None):
     arguments = parser.parse_args(args)
 
     clip, identity = ClipEncoder.from_pretrained(arguments.clip), IdentityEncoder.from_pretrained(arguments.identity)
-    sprites = load_sprites(POCKET / "recipe" / "sprites.npz", [*BASE_RENDITIONS, CONCEPT_RENDITION])
-    finder, rng = Finder(identity, sprites, TEST), random.Random(1)
-    subjects = [compose_subject(icon, arguments.output_dir / "subjects") for icon in TEST]
+    side, runs = arguments.side, arguments.output_dir / "runs"
+    sprites = load_sprites(sprites_of(side), [*BASE_RENDITIONS, CONCEPT_RENDITION])
+    finder, rng = Finder(identity, sprites, TEST, side), random.Random(1)
+    subjects = [compose_subject(icon, arguments.output_dir / "subjects", side) for icon in TEST]
     neighbours = list(zip(subjects, subjects[1:] + subjects[:1], strict=True))
     pairs = [*neighbours, *(pair[::-1] for pair in neighbours)]
     sources = {
-        "true images of both": lambda pair: true_scenes(CONCEPT_RENDITION, pair, arguments.seeds, rng, sprites),
-        "true images of another rendition": lambda pair: true_scenes("twemoji", pair, arguments.seeds, rng, sprites),
+        name: partial(true_scenes, rendition, seeds=arguments.seeds, rng=rng, sprites=sprites, side=side)
+        for name, rendition in (
+            ("true images of both", CONCEPT_RENDITION),
+            ("true images of another rendition", "twemoji"),
+        )
     } | {
-        entry.name: partial(entry.generate, arguments.base, arguments.output_dir / "runs", seeds=arguments.seeds)
+        entry.name: partial(entry.generate, arguments.base, side, runs, seeds=arguments.seeds)
         for entry in ENTRIES
+        if (runs / entry.run).exists()
     }
     lines = [f"| | {' | '.join(MEASURES)} |", "|---|---|---|"]
     report, shown = {}, []

@@ -231,9 +231,18 @@ def short_lora(steps, rate):
 
 
 # The things of each panel.
-ICONS = {"tuning": TUNING, "ablations": ABLATED, "main": TEST, "short": TEST, "transfer": TEST}
+ICONS = {
+    "tuning": TUNING,
+    "ablations": ABLATED,
+    "main": TEST,
+    "short": TEST,
+    "transfer": TEST,
+    "flux-tuning": TUNING,
+    "flux": TEST,
+}
+OF_OTHER_BASES = ("transfer", "flux-tuning", "flux")
 
-# The last one is for base models that nothing was chosen on.
+# That of the transfer is for base models that nothing was chosen on, and those of FLUX for `examples/pocket-flux`.
 PANELS = {
     "tuning": [
         Base(),
@@ -272,4 +281,21 @@ PANELS = {
         *(short_lora(steps, 3e-3) for steps in (25, 50, 100)),
     ],
     "transfer": [Base(), PERFUSION, LORA],
+    "flux-tuning": [
+        Base(),
+        *grid("lora", (1e-3, 3e-3), rank=4, save_at=(100, 250)),
+        *grid("lora", (1e-3, 3e-3), rank=16, save_at=(100, 250)),
+        *perfusion_grid(
+            [(0.03, 0.006), (0.03, 0.02), (0.03, 0.06), (0.1, 0.02), (0.1, 0.06)],
+            save_at=(100, 200),
+            biases=(0.7, 1.0),
+        ),
+    ],
+    "flux": [
+        Base(),
+        PERFUSION,
+        changed("values alone", embedding_learning_rate=0.0),
+        replace(LORA, rate=3e-3),
+        Baseline("lora16", "lora", 1e-3, (250,), scales=(0.4, 0.8), options={"rank": 16}),
+    ],
 }
