@@ -14,8 +14,10 @@ from PIL import Image
 
 from diffusers_perfusion import PerfusionConcept
 from diffusers_perfusion.cli import main
+from diffusers_perfusion.cli.common import place
 from diffusers_perfusion.evaluation import ConceptMetrics, Scores, Sweep
 from diffusers_perfusion.evaluation.sweep import PROMPTS
+from diffusers_perfusion.model_families import edited_model
 from diffusers_perfusion.training import TrainingConfig
 from diffusers_perfusion.training.trainer import PerfusionTrainer
 
@@ -239,6 +241,17 @@ def test_the_guidance_of_joint_attention_is_the_pipeline_s_own(
     command += ["--concept", str(path), "--prompt", "a <my-cat>", "--output_dir", str(tmp_path / "images")]
     assert main([*command, *flags]) == 0
     assert seen == expected  # and texts are as long as the tokenizer allows
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("pipeline", torch.float16), ("xl_pipeline", torch.float16), ("flux_pipeline", torch.bfloat16)],
+)
+def test_a_pipeline_is_placed_in_a_precision_that_its_family_stands(request, name, expected):
+    pipe = request.getfixturevalue(name)
+    place(pipe, torch.device("meta"))
+    assert edited_model(pipe).dtype == pipe.text_encoder.dtype == expected
+    assert edited_model(pipe).device.type == "meta"
 
 
 def test_a_pipeline_whose_first_argument_is_an_image_gets_the_prompt(klein_pipeline, tmp_path, capsys):
@@ -595,6 +608,7 @@ def test_help_and_info_do_not_import_torch(concepts, environment):
 import sys
 from contextlib import suppress
 from diffusers_perfusion.cli import main
+from diffusers_perfusion.cli.common import place
 for arguments in (["--help"], ["train", "--help"], ["generate", "--help"], ["sweep", "--help"]):
     with suppress(SystemExit):
         main(arguments)

@@ -43,9 +43,7 @@ def load_pipeline(base: str, **options: Any) -> Any:
 
 
 def place(pipeline: Any, device: Any) -> None:
-    """Move a pipeline to a device: in half precision, or on a CPU in full precision."""
-    import torch
-
+    """Move a pipeline to a device: in its family's half precision, or on a CPU in full precision."""
     from ..model_families import family_of
 
     if device.type == "cpu":
@@ -53,7 +51,7 @@ def place(pipeline: Any, device: Any) -> None:
         for model in family_of(pipeline).text_encoders:
             model.float()
     else:
-        pipeline.to(device, torch.float16)
+        pipeline.to(device, family_of(pipeline).half_precision)
 
 
 def describe(path: Path) -> str:

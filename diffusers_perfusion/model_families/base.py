@@ -107,6 +107,7 @@ class ModelFamily:
         instruction: text that the text encoder reads before every prompt.
         latent_patch_size: side of the patches of latents that the model takes as one token, where it has to divide
             the image's.
+        half_precision: dtype of 16 bits in which models of this family work on an accelerator.
         repeats_rows: whether the model repeats each row of its hidden states (`repeat_interleave`) before its
             cross-attention layers, as models do that generate several frames of one prompt.
         model: the UNet or transformer.
@@ -135,6 +136,8 @@ class ModelFamily:
     max_sequence_length: ClassVar[int | None] = None
     prompt_cleaning: ClassVar[str | None] = None
     latent_patch_size: ClassVar[int] = 1
+    # Large text encoders and transformers have activations beyond the range of float16.
+    half_precision: ClassVar[torch.dtype] = torch.bfloat16
     instruction: str = ""
 
     def __init__(self, pipeline: Any):

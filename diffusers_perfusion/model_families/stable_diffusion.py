@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ class StableDiffusion(ModelFamily):
 
     name = "Stable Diffusion"
     model_classes = ("UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel")
+    half_precision = torch.float16
 
     @property
     def repeats_rows(self) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ class StableDiffusionXL(ModelFamily):
     model_classes = ("UNet2DConditionModel",)
     text_components = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
     hidden_state_index = -2
+    half_precision = torch.float16
 
     @classmethod
     def possible_hidden_states(
