@@ -22,7 +22,7 @@ from .model_families import edited_model, family_of
 from .model_hooks import attach, check_processors, detach
 from .pipeline_compat import PipelineCompatMixin, with_mixin
 from .registry import ConceptRegistry, Locking, registry_of
-from .saved_concepts import FOLDER, save_concepts, saved_concepts
+from .saved_concepts import FOLDER, has_saved_concepts, save_concepts, saved_concepts
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +41,12 @@ def add_perfusion(pipeline: Pipeline) -> Pipeline:
     if not isinstance(pipeline, PerfusionLoaderMixin):
         family_of(pipeline)
         pipeline.__class__ = with_mixin(PerfusionLoaderMixin, type(pipeline))
+        folder = Path(pipeline.config.get("_name_or_path", ""))  # type: ignore[attr-defined]
+        if has_saved_concepts(folder) and registry_of(edited_model(pipeline)) is None:
+            logger.warning(
+                f"The concepts that were saved with {folder} are not loaded; load pipeline and concepts with "
+                "PerfusionPipeline.from_pretrained()."
+            )
     return pipeline
 
 

@@ -52,6 +52,11 @@ def save_concepts(save_directory: str | os.PathLike, concepts: Mapping[str, Perf
         (folder / file).unlink(missing_ok=True)
 
 
+def has_saved_concepts(folder: Path) -> bool:
+    """Return whether a folder of a pipeline has a list of concepts."""
+    return (folder / FOLDER / _INDEX).is_file()
+
+
 def saved_concepts(source: str | os.PathLike, **hub_options: Any) -> dict[str, str]:
     """Return the file in `perfusion/` of each concept that was saved with a pipeline, by the concept's name.
 

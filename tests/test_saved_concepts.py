@@ -1,11 +1,15 @@
 """Concepts that are saved or pushed with a pipeline: they come back, and no others."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import CHAT_LENGTH, LENGTH, effect, random_concept
+from diffusers import DiffusionPipeline
 
-from diffusers_perfusion import PerfusionPipeline
+from diffusers_perfusion import PerfusionPipeline, add_perfusion
 from diffusers_perfusion.saved_concepts import FOLDER, save_concepts, saved_concepts
 
 TOKEN = "hf_me"
@@ -38,6 +42,35 @@ def test_names_that_are_alike_or_cannot_be_those_of_files(cat, tmp_path):
     assert list(saved_concepts(tmp_path)) == names
     files = saved_concepts(tmp_path).values()
     assert sorted([*files, INDEX]) == held(tmp_path) and len({file.casefold() for file in files}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("flux_pipeline", {"max_sequence_length": LENGTH}),
+        ("z_image_pipeline", {"max_sequence_length": CHAT_LENGTH}),
+        ("xl_pipeline", {}),
+        ("pixart_pipeline", {"use_resolution_binning": False}),
+    ],
+)
+def test_pipelines_of_other_families_are_loaded_with_their_concepts(
+    request, generate, tmp_path, caplog, name, settings
+):
+    pipe = request.getfixturevalue(name)
+    draw = partial(generate, "a <my-cat> on the beach", height=16, width=16, **settings)
+    plain = draw(pipe=pipe)
+    pipe.load_perfusion(random_concept(pipe))
+    pipe.save_pretrained(tmp_path)
+    loaded = PerfusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded).__name__ == type(pipe).__name__ and loaded.list_perfusion() == ["my-cat"]
+    edited = draw(pipe=pipe)
+    assert effect(edited, plain) > 1e-3
+    torch.testing.assert_close(draw(pipe=loaded), edited, atol=1e-3, rtol=0)  # numbers of a file are in half precision
+    assert "are not loaded" not in caplog.text
+
+    add_perfusion(DiffusionPipeline.from_pretrained(tmp_path))
+    assert f"The concepts that were saved with {tmp_path} are not loaded" in caplog.text
 
 
 def test_a_concept_that_was_deleted_stays_so(pipeline, cat, dog, tmp_path):
