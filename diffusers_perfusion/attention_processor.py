@@ -282,12 +282,17 @@ def attn_processors(
         temperature: `τ`, likewise.
 
     Raises:
-        ValueError: if the concepts are of another model.
+        ValueError: if the model has no cross-attention, or the concepts are of another one.
     """
-    processors = dict(model.attn_processors)
+    processors = dict(getattr(model, "attn_processors", {}))  # some models with joint attention have none
     modules = {name.removesuffix(".processor"): name for name in processors}
     layers = {name: model.get_submodule(name) for name in modules}
     layers = {name: layer for name, layer in layers.items() if getattr(layer, "is_cross_attention", False)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no cross-attention for processors to edit; load the concept into a pipeline "
+            "with load_perfusion()"
+        )
     widths = {name: (layer.cross_attention_dim, layer.inner_kv_dim) for name, layer in layers.items()}
     for concept in concepts:
         check_concept_fits(concept, model, widths)

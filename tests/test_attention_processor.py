@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LENGTH, WIDTH, expected_gates
+from conftest import LENGTH, WIDTH, expected_gates, random_concept
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -569,6 +569,13 @@ def test_a_concept_with_other_layers_is_refused(unet, make_concept, change, matc
     assert "trained on some/other-model" in str(caught.value)
     with pytest.raises(ValueError, match=match):
         attn_processors([concept], unet)
+
+
+@pytest.mark.parametrize("name", ["flux_pipeline", "z_image_pipeline"])
+def test_a_model_without_cross_attention_is_refused(request, name):
+    pipe = request.getfixturevalue(name)
+    with pytest.raises(ValueError, match=r"Transformer2DModel has no cross-attention .* load_perfusion"):
+        random_concept(pipe).attn_processors(pipe.transformer)
 
 
 def test_a_concept_of_another_width_is_refused(unet, xl_components, make_concept):

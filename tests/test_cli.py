@@ -243,6 +243,23 @@ def test_the_guidance_of_joint_attention_is_the_pipeline_s_own(
     assert seen == expected  # and texts are as long as the tokenizer allows
 
 
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_negative_prompt_without_guidance_is_refused(flux_pipeline, tmp_path, capsys, distilled):
+    flux_pipeline.register_modules(transformer=make_flux(distilled))
+    flux_pipeline.save_pretrained(tmp_path / "flux")
+    path = random_concept(flux_pipeline).save(tmp_path / "cat.safetensors")
+    command = ["generate", "--pretrained_model_name_or_path", str(tmp_path / "flux"), "--num_inference_steps", "1"]
+    command += ["--concept", str(path), "--prompt", "a <my-cat>", "--output_dir", str(tmp_path / "images")]
+    assert "ignores a negative prompt without guidance" in failed([*command, "--negative_prompt", "dark"], capsys)
+    guided = [*command, "--negative_prompt", "dark", "--guidance_scale", "3"]
+    if distilled:
+        assert "ignores a negative prompt without guidance" in failed(guided, capsys)
+        return
+    assert main([*command, "--guidance_scale", "3"]) == main(guided) == 0
+    empty, dark = (path.read_bytes() for path in sorted((tmp_path / "images").iterdir()))
+    assert empty != dark
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("pipeline", torch.float16), ("xl_pipeline", torch.float16), ("flux_pipeline", torch.bfloat16)],

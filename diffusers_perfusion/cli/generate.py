@@ -102,8 +102,14 @@ def generate(
     output_dir.mkdir(parents=True, exist_ok=True)
     options |= family_of(pipeline).call_arguments(guidance_scale)
     if negative_prompt is not None:  # not all pipelines take None
-        if "negative_prompt" not in signature(pipeline.__call__).parameters:
+        parameters = signature(pipeline.__call__).parameters
+        if "negative_prompt" not in parameters:
             raise ValueError(f"{type(pipeline).__name__} takes no negative prompt; leave --negative_prompt out")
+        if "true_cfg_scale" in parameters and options.get("true_cfg_scale", parameters["true_cfg_scale"].default) <= 1:
+            raise ValueError(
+                f"{type(pipeline).__name__} ignores a negative prompt without guidance; give a --guidance_scale above "
+                "1, or leave --negative_prompt out if the model is distilled from guidance"
+            )
         options["negative_prompt"] = negative_prompt
     paths = []
     for text in tqdm(prompt, desc="Prompts"):

@@ -85,12 +85,10 @@ class JointFamily(ModelFamily):
             guidance_scale: None for the pipeline's own. That depends on the model: to one that is distilled from
                 guidance it is a number that it gets, and not a scale.
         """
-        if guidance_scale is None:
-            arguments: dict[str, Any] = {}
-        elif self.true_guidance:
-            arguments = {"true_cfg_scale": float(guidance_scale), "negative_prompt": ""}
-        else:
-            arguments = {"guidance_scale": float(guidance_scale)}
+        name = "true_cfg_scale" if self.true_guidance else "guidance_scale"
+        arguments: dict[str, Any] = {} if guidance_scale is None else {name: float(guidance_scale)}
+        if self.true_guidance:
+            arguments["negative_prompt"] = ""
         # Pipelines limit the text of the last text encoder, by default to the same length for every tokenizer.
         if len(self.tokenizers) == len(self.text_components):
             length = self.tokenizers[-1].model_max_length
