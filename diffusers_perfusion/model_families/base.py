@@ -362,6 +362,11 @@ class ModelFamily:
 
     # Training
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the model takes."""
+        return self.model.config.in_channels
+
     def initial_outputs(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the target outputs that a training begins with, in float32, by layer: by default `W_V inputs`."""
         return {name: layer.to_v(inputs).float() for name, layer in self.layers.items()}
@@ -382,6 +387,10 @@ class ModelFamily:
         encoded = vae.encode((images * 2 - 1).to(next(vae.parameters())))
         latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
         return ((latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).float()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Make the model compute activations a second time for gradients, in place of keeping them."""
+        self.model.enable_gradient_checkpointing()
 
     def without_padding(self, encoding: PromptEncoding) -> PromptEncoding:
         """Return text inputs as `predict` takes them: with rows of different lengths for models that take those."""

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .base import PromptEncoding
 from .joint import PackedFamily
@@ -24,6 +26,20 @@ class Chroma(PackedFamily):
         tokens = input_ids[0].ne(self.tokenizers[0].pad_token_id).sum(1, keepdim=True)
         mask = torch.arange(input_ids[0].shape[1], device=tokens.device) <= tokens
         return encoding._replace(mask=mask.to(encoding.hidden_states))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Do so with the mask in every block; diffusers leaves it out of the single ones then."""
+        mask: Tensor | None = None
+
+        def checkpointed(block: Any, *inputs: Any) -> Any:
+            nonlocal mask
+            if isinstance(block, ChromaSingleTransformerBlock):
+                inputs = (*inputs[:3], mask)
+            else:  # which all come before
+                mask = inputs[4]
+            return checkpoint(block, *inputs, use_reentrant=False)
+
+        self.model.enable_gradient_checkpointing(checkpointed)
 
     def conditions(self, encoding: PromptEncoding, resolution: int) -> dict[str, Any]:
         """Return the mask of the text, with the image behind it."""

@@ -142,6 +142,11 @@ class PackedFamily(JointFamily):
         self._num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the model takes, out of their patches."""
+        return self.model.config.in_channels // self.latent_patch_size**2
+
+    @property
     def default_resolution(self) -> int:
         """Side of the pipeline's default images, in pixels."""
         return self._sample_size * self.vae_scale_factor

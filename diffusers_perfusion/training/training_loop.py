@@ -159,8 +159,8 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
             c_inv = invert(check_covariance(_covariance(family, config), family.input_width))
             _move(model, accelerator.device, precision)
         had_checkpointing = model.is_gradient_checkpointing
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        if config.gradient_checkpointing or had_checkpointing:
+            family.enable_gradient_checkpointing()
         captions = sum(prompt is not None for prompt in prompts)
         facts = {"images": len(images), "captions": captions, "mask": mask_source, "resolution": resolution}
         try:

@@ -73,6 +73,26 @@ def test_the_model_is_called_as_the_pipeline_calls_it(request, name, generate):
         assert (given[key] is None and value is None) or torch.equal(given[key], value)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_checkpointing_changes_nothing(request, name):
+    """Neither what the model predicts nor its gradients, where prompts differ in length."""
+    family = family_of(request.getfixturevalue(name))
+    with torch.no_grad():
+        encoding = family.encode(family.tokenize(["a cat on the beach", "a dog"]))
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, family.latent_channels, 8, 8, generator=generator, requires_grad=True)
+
+    def prediction_and_gradient():
+        text = family.without_padding(encoding)
+        prediction = family.predict(family.model, noisy, torch.tensor([500, 200]), text, 16)
+        return prediction, *torch.autograd.grad(prediction.square().mean(), noisy)
+
+    expected = prediction_and_gradient()
+    family.enable_gradient_checkpointing()
+    assert family.model.is_gradient_checkpointing
+    assert all(torch.equal(*pair) for pair in zip(prediction_and_gradient(), expected, strict=True))
+
+
 def test_pipelines_that_cannot_take_a_concept(components, xl_components):
     blind = components | {"unet": make_unet(cross_attention_dim=64)}
     with pytest.raises(
