@@ -176,7 +176,7 @@ def bytes_there(trainer):
 def run(report, *argv):
     """The command line on the pretended accelerator; its exit status."""
     steps, step, encode = [], PerfusionTrainer.step, PerfusionTrainer._encode_superclass_prompts
-    held = {}
+    held, trainers = {}, []
 
     def encoding(self, prompt_ids):
         held["encoding"] = bytes_there(self)
@@ -184,6 +184,7 @@ def run(report, *argv):
 
     def watched(self, index):
         if index == 0:
+            trainers.append(self)
             waits.clear()
             held["step"] = bytes_there(self)
         loss = step(self, index)
@@ -200,6 +201,8 @@ def run(report, *argv):
         Calling(),
     ):
         status = main(argv)
+    for trainer in trainers:
+        held["afterwards"] = bytes_there(trainer)
     Path(report).write_text(json.dumps({"steps": steps, "tensors": counts["tensors"], "held": held}))
     return status
 

@@ -54,7 +54,9 @@ def test_training_waits_for_nothing_and_gives_the_same_concept(
 ):
     request.getfixturevalue(family).save_pretrained(tmp_path / "model")
     settings = training_settings | {"pretrained_model_name_or_path": tmp_path / "model", "mask": "attention"} | changed
-    first, *others = accelerated("train", *flags(settings | {"output_dir": tmp_path / "there"}))["steps"]
+    found = accelerated("train", *flags(settings | {"output_dir": tmp_path / "there"}))
+    first, *others = found["steps"]
+    assert found["held"]["afterwards"] == {"model": 0, "text_encoders": 0}  # as the pipeline was loaded
     assert first  # its gradients are looked at
     theirs = str(Path(transformers.__file__).parent)
     assert [[wait for wait in waits if not wait.startswith(theirs)] for waits in others] == [[]] * 3

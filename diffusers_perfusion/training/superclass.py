@@ -41,7 +41,7 @@ def superclass_positions(tokenizer: Any, superclass: str, input_ids: Tensor) -> 
 
 @torch.no_grad()
 def superclass_input(family: ModelFamily, superclass: str) -> Tensor:
-    """Return `i_super`, the mean hidden state at the super-class's last token over `TEMPLATES`, `(d,)`.
+    """Return `i_super`, the mean hidden state at the super-class's last token over `TEMPLATES`, `(d,)` in float32.
 
     Raises:
         ValueError: if a tokenizer drops the super-class or does not know it.
@@ -49,7 +49,7 @@ def superclass_input(family: ModelFamily, superclass: str) -> Tensor:
     ids = family.tokenize([template.format(superclass) for template in TEMPLATES])
     number = family.position_encoder
     last = superclass_positions(family.tokenizers[number], superclass, ids[number])[:, -1]
-    return family.encode(ids).inputs[torch.arange(len(last)), last].mean(0)
+    return family.encode(ids).inputs[torch.arange(len(last)), last].float().mean(0)
 
 
 def superclass_embeddings(family: ModelFamily, superclass: str) -> list[Tensor]:

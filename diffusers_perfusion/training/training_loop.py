@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> PerfusionConcept:
     """Train a concept on a folder of images, write `perfusion.safetensors` into the output folder, and return it.
 
-    The pipeline's models are frozen, moved to the accelerator's device and cast to float32, or under mixed precision
-    the UNet or transformer to half precision. Afterwards the pipeline has no concept loaded, and in families with
-    joint attention its text encoders are where they were before.
+    The pipeline's models are frozen, moved to the accelerator's device and cast to float32; under mixed precision the
+    UNet or transformer to half precision, and text encoders of joint attention are left in their own. Afterwards the
+    pipeline has no concept loaded, and its models are where they were and in the precision that they had, but for what
+    half precision has rounded.
 
     Args:
         pipeline: of the base model, such as a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
@@ -132,7 +133,8 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
                 f"{checkpoint} is of step {start}, and max_train_steps is {config.max_train_steps}; give at least "
                 f"{start}, or another checkpoint"
             )
-    with claim_output_folder(config) if accelerator.is_main_process else nullcontext():
+    models = (pipeline.vae, *family.text_encoders, model)
+    with claim_output_folder(config) if accelerator.is_main_process else nullcontext(), _left_as_found(models):
         repo_id = None
         if config.push_to_hub and accelerator.is_main_process:
             name = config.hub_model_id or Path(config.output_dir).resolve().name
@@ -141,11 +143,14 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
         # Rounded as it is trained on, so that masks do not depend on whether an earlier training has rounded it. A
         # model that makes no masks comes to the device in the trainer, when text encoders may have left it.
         _move(model, model.device if family.joint else accelerator.device, precision)
-        homes = [text_encoder.device for text_encoder in family.text_encoders]
-        for part in (pipeline.vae, *family.text_encoders, *(() if family.joint else (model,))):
-            # Text encoders stay in float32 under mixed precision, because the metric depends on the last digits.
+        for part in (pipeline.vae, *(() if family.joint else (model,))):
             _move(part, accelerator.device, torch.float32)
-        for part in (pipeline.vae, *family.text_encoders, model):
+        for text_encoder in family.text_encoders:
+            # The metric of cross-attention depends on the last digits. Joint attention has none, and under mixed
+            # precision validation takes any precision.
+            own = family.joint and precision != torch.float32
+            _move(text_encoder, accelerator.device, text_encoder.dtype if own else torch.float32)
+        for part in models:
             part.requires_grad_(False).eval()
         if mask_source == "attention":
             masks, _ = subject_masks(
@@ -171,9 +176,6 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
                 concept = _run(trainer, start, checkpoint, recipe, facts)
         finally:
             pipeline.unload_perfusion()
-            for text_encoder, home in zip(family.text_encoders, homes, strict=True):
-                # Where joint attention is trained there may be no room for them beside the model.
-                text_encoder.to(home if family.joint else accelerator.device)
             if not had_checkpointing:
                 model.disable_gradient_checkpointing()
         if repo_id is not None:
@@ -230,11 +232,35 @@ def _share(pipeline: Any, config: TrainingConfig, accelerator: Any, repo_id: str
         raise OSError(f"{error} (the concept is trained: share it with `perfusion push {path} {repo_id}`)") from error
 
 
-def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _move(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Move a model, and cast it only if its dtype differs, since diffusers warns about every cast."""
-    if next(model.parameters()).dtype != dtype:
+    if model.dtype != dtype:
         model.to(dtype)
     model.to(device)
+
+
+@contextmanager
+def _left_as_found(models: Sequence[Any]) -> Iterator[None]:
+    """Bring models back to their devices, and each weight to its precision, after the block."""
+    found = [(model, model.device, {name: tensor.dtype for name, tensor in _tensors(model)}) for model in models]
+    try:
+        yield
+    finally:
+        for model, device, dtypes in found:
+            model.to(device)  # before it is cast, which may make it larger than the accelerator's memory
+            _cast(model, dtypes)
+
+
+def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Cast weights and buffers by name: some text encoders keep a few weights in float32 beside half precision."""
+    by_tensor = {id(tensor): dtypes[name] for name, tensor in _tensors(model)}
+    model._apply(lambda tensor: tensor.to(by_tensor[id(tensor)]))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # By all their names: to move weights that are one may make them two.
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 @contextmanager

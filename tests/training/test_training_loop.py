@@ -125,7 +125,7 @@ def test_training_of_other_families(request, name, training_settings, generate):
             "checkpointing_steps": 3,
         }
     )
-    train(pipe, config)
+    returned = train(pipe, config)
     path = Path(config.output_dir) / "perfusion.safetensors"
     concept = PerfusionConcept.load(path)
     starts = superclass_embeddings(family_of(pipe), "cat")
@@ -133,6 +133,8 @@ def test_training_of_other_families(request, name, training_settings, generate):
     if family_of(pipe).joint:
         assert not any(embedding.any() for embedding in concept.token_embeddings)
         learned = [(concept.target_input, concept.superclass_input)]
+        # There is no metric.
+        assert torch.equal(returned.inverse_target_input, returned.target_input)
     for vector, start in learned:
         assert (vector - start).abs().max() > 1e-3
     # Of the same text encoder.
@@ -920,6 +922,67 @@ def test_the_pipeline_is_left_as_it_was(run, stop, pipeline, generate, error):
     for name in ("unet", "vae", "text_encoder"):
         assert all(parameter.grad is None for parameter in getattr(pipeline, name).parameters())
     assert torch.equal(generate(prompts), before)
+
+
+def precisions(pipe):
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    return {(name, key): value.dtype for name, model in models.items() for key, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def draw_after_training(monkeypatch, training_settings, generate):
+    """Train a pipeline with validation images, and draw the concept with it."""
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 1)
+
+    def run(pipe, **settings):
+        settings = training_settings | {"resolution": 16, "max_train_steps": 1} | settings
+        settings |= {"validation_prompt": ["a <my-cat>"], "validation_steps": 1, "num_validation_images": 1}
+        concept = train(pipe, TrainingConfig(**settings))
+        assert {vector.dtype for vector in (concept.target_input, *concept.target_outputs.values())} == {torch.float32}
+        pipe.load_perfusion(concept)
+        size = {"height": 16, "width": 16, "max_sequence_length": CHAT_LENGTH} if family_of(pipe).joint else {}
+        return generate("a <my-cat> on the beach", pipe, **size)
+
+    return run
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pipeline",
+        "sd3_pipeline",
+        "flux_pipeline",
+        "chroma_pipeline",
+        "klein_pipeline",
+        "dev_pipeline",
+        "z_image_pipeline",
+        "qwen_image_pipeline",
+    ],
+)
+def test_mixed_precision_leaves_a_pipeline_in_its_own(request, draw_after_training, name, loaded):
+    """And, in joint attention, its text encoders while they encode."""
+    pipe, seen = request.getfixturevalue(name), set()
+    pipe.to(loaded)
+    before = precisions(pipe)
+    for text_encoder in family_of(pipe).text_encoders:
+        text_encoder.register_forward_pre_hook(lambda model, _: seen.add(model.dtype))
+    image = draw_after_training(pipe, mixed_precision="bf16")
+    assert image.isfinite().all()
+    assert precisions(pipe) == before
+    assert seen == ({loaded} if family_of(pipe).joint else {torch.float32, loaded})  # the other one is of the drawing
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_weights_in_a_precision_of_their_own_are_left_so(flux_pipeline, draw_after_training, mixed_precision):
+    """As T5 has them in half precision."""
+    flux_pipeline.to(torch.bfloat16)
+    wide = flux_pipeline.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo.float().weight
+    before, numbers = precisions(flux_pipeline), wide.clone()
+    assert set(before.values()) >= {torch.float32, torch.bfloat16}
+    draw_after_training(flux_pipeline, mixed_precision=mixed_precision)
+    assert precisions(flux_pipeline) == before
+    assert torch.equal(wide, numbers)
 
 
 # Bad input
