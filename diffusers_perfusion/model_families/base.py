@@ -98,6 +98,7 @@ class ModelFamily:
             super-class prompt is longer than the prompt.
         text_behind_image: to what multiple a joint model pads text, if that comes behind the image in its layers; 0 if
             it comes before.
+        predicts_flow: whether the model always predicts a flow, whatever its pipeline's scheduler says.
         hidden_state_index: index of the hidden states that pipelines take; None for the text encoder's own output.
         passes_attention_mask: whether pipelines tell the text encoder which tokens are padding.
         sees_padding: whether the model attends to padding, so that prompts are padded to their full length.
@@ -130,6 +131,7 @@ class ModelFamily:
     mask_argument: ClassVar[str | None] = None
     follows_length: ClassVar[bool] = False
     text_behind_image: ClassVar[int] = 0
+    predicts_flow: ClassVar[bool] = False
     hidden_state_index: ClassVar[int | None] = None
     passes_attention_mask: ClassVar[bool] = False
     sees_padding: ClassVar[bool] = True

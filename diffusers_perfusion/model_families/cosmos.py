@@ -12,6 +12,7 @@ class Cosmos(ModelFamily):
 
     name = "Cosmos"
     model_classes = ("CosmosTransformer3DModel",)
+    predicts_flow = True
     passes_attention_mask = True
     max_sequence_length = 512
 

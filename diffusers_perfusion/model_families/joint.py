@@ -28,6 +28,7 @@ class JointFamily(ModelFamily):
     """
 
     joint = True
+    predicts_flow = True
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     attention: ClassVar[str] = "attn"
     image_reader: ClassVar[str | None] = None

@@ -15,6 +15,7 @@ class Sana(ModelFamily):
 
     name = "Sana"
     model_classes = ("SanaTransformer2DModel",)
+    predicts_flow = True
     passes_attention_mask = True
     sees_padding = False
     prompt_cleaning = "_text_preprocessing"

@@ -60,8 +60,9 @@ def subject_masks(
     """
     masks, kind = masks_without_base_model(source, images, folder, superclass)
     if kind == "attention":
-        latents = family_of(pipeline).encode_latents(pipeline.vae, to_tensor([image.image for image in images]))
-        masks = attention_masks(pipeline, noise_schedule(pipeline.scheduler), latents, superclass, seed)
+        family = family_of(pipeline)
+        latents = family.encode_latents(pipeline.vae, to_tensor([image.image for image in images]))
+        masks = attention_masks(pipeline, noise_schedule(family, pipeline.scheduler), latents, superclass, seed)
     return masks, kind
 
 

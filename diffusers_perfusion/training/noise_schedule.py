@@ -6,6 +6,8 @@ from typing import Any
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from ..model_families import ModelFamily
+
 
 class FlowSchedule:
     """Noise schedule of rectified flow, `x_t = (1 − t) x + t ε` (Liu et al. 2022, arXiv 2209.03003, Eq. 1).
@@ -22,10 +24,11 @@ class FlowSchedule:
         return (1 - t) * latents + t * noise
 
 
-def noise_schedule(scheduler: Any) -> Any:
+def noise_schedule(family: ModelFamily, scheduler: Any) -> Any:
     """Return the schedule that the model behind a pipeline's scheduler was trained with.
 
     Args:
+        family: of the pipeline. Of a flow not every scheduler says that it is one.
         scheduler: of the pipeline.
 
     Returns:
@@ -36,11 +39,11 @@ def noise_schedule(scheduler: Any) -> Any:
     """
     config = scheduler.config
     kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type", "epsilon")
-    if kind == "flow_prediction":
-        return FlowSchedule(config.num_train_timesteps)
-    if kind not in ("epsilon", "v_prediction", "sample"):
+    if kind not in ("epsilon", "v_prediction", "sample", "flow_prediction"):
         raise ValueError(
             f"the scheduler {type(scheduler).__name__} is of a model that predicts {kind!r}; expected epsilon, "
             "v_prediction, sample or flow_prediction"
         )
+    if family.predicts_flow or kind == "flow_prediction":
+        return FlowSchedule(config.num_train_timesteps)
     return DDPMScheduler.from_config(config)

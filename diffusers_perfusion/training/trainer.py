@@ -75,8 +75,8 @@ class PerfusionTrainer:
         # Apple's accelerator has no float64.
         cpu = accelerator.device.type == "mps"
         self.c_inv = None if c_inv is None else c_inv.to("cpu" if cpu else accelerator.device)
-        self.schedule = noise_schedule(pipeline.scheduler)
         self.family = family_of(pipeline)
+        self.schedule = noise_schedule(self.family, pipeline.scheduler)
         self.model = self.family.model
         self.concept = self._load_initial_concept()
         templates = [template.format(config.placeholder_token) for template in TEMPLATES]

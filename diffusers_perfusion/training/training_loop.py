@@ -101,7 +101,7 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
             "is learned instead; train without it"
         )
     # Raises if this model has no such loss.
-    snr_weights(noise_schedule(pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
+    snr_weights(noise_schedule(family, pipeline.scheduler), torch.zeros(1, dtype=torch.long), config.snr_gamma)
     if accelerator.is_main_process:
         check_output_folder(config)
     images = read_images(

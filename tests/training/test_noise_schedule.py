@@ -1,7 +1,15 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
+from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.training.noise_schedule import FlowSchedule, noise_schedule
 
 
@@ -10,15 +18,17 @@ def latents_and_noise():
     return (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
 
 
-def test_a_diffusion_keeps_its_settings():
-    schedule = noise_schedule(DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear"))
+def test_a_diffusion_keeps_its_settings(family):
+    schedule = noise_schedule(family, DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear"))
     assert isinstance(schedule, DDPMScheduler)
     assert (schedule.config.prediction_type, schedule.config.beta_schedule) == ("v_prediction", "scaled_linear")
 
 
-def test_a_model_that_predicts_something_else_is_refused():
+@pytest.mark.parametrize("name", ["pipeline", "sana_pipeline"])
+def test_a_model_that_predicts_something_else_is_refused(request, name):
+    family = family_of(request.getfixturevalue(name))
     with pytest.raises(ValueError, match="of a model that predicts 'trigflow'; expected epsilon"):
-        noise_schedule(DDIMScheduler(prediction_type="trigflow"))
+        noise_schedule(family, DDIMScheduler(prediction_type="trigflow"))
 
 
 @pytest.mark.parametrize(
@@ -28,8 +38,8 @@ def test_a_model_that_predicts_something_else_is_refused():
         FlowMatchEulerDiscreteScheduler(shift=3.0),
     ],
 )
-def test_a_flow_goes_from_the_image_to_noise_as_its_scheduler_comes_back(scheduler):
-    schedule = noise_schedule(scheduler)
+def test_a_flow_goes_from_the_image_to_noise_as_its_scheduler_comes_back(family, scheduler):
+    schedule = noise_schedule(family, scheduler)
     assert isinstance(schedule, FlowSchedule)
     latents, noise = latents_and_noise()
     assert torch.equal(schedule.add_noise(latents, noise, torch.zeros(3)), latents)
@@ -41,3 +51,27 @@ def test_a_flow_goes_from_the_image_to_noise_as_its_scheduler_comes_back(schedul
     torch.testing.assert_close(
         scheduler.step(noise - latents, timestep, seen).prev_sample, latents, rtol=1e-2, atol=5e-3
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sana_pipeline",
+        "cosmos_pipeline",
+        "sd3_pipeline",
+        "flux_pipeline",
+        "chroma_pipeline",
+        "klein_pipeline",
+        "dev_pipeline",
+        "z_image_pipeline",
+        "qwen_image_pipeline",
+    ],
+)
+def test_a_flow_is_one_under_a_scheduler_that_does_not_say_so(request, name):
+    family = family_of(request.getfixturevalue(name))
+    for scheduler in (
+        DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        UniPCMultistepScheduler(use_flow_sigmas=True),
+        EulerDiscreteScheduler(),
+    ):
+        assert isinstance(noise_schedule(family, scheduler), FlowSchedule)

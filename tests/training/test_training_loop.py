@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import CHAT_LENGTH, LENGTH, WIDTH, make_flux, make_unet
-from diffusers import FluxPipeline, StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_validation import Album
@@ -234,6 +234,14 @@ def test_the_learning_rate_of_a_hidden_state_is_in_units_of_its_size(sd3_pipelin
 def test_latents_in_patches_need_a_resolution_of_whole_ones(sd3_pipeline, values_alone, no_long_work):
     with pytest.raises(ValueError, match="resolution is 18; the base model takes multiples of 4"):
         train(sd3_pipeline, TrainingConfig(**values_alone | {"resolution": 18}))
+
+
+def test_a_flow_is_trained_as_one_under_a_scheduler_that_does_not_say_so(flux_pipeline, values_alone):
+    settings = [TrainingConfig(**values_alone | {"output_dir": values_alone["output_dir"] + name}) for name in "01"]
+    expected = train(flux_pipeline, settings[0])
+    flux_pipeline.scheduler = EulerDiscreteScheduler()
+    found = train(flux_pipeline, settings[1])
+    assert all(torch.equal(found.target_outputs[name], output) for name, output in expected.target_outputs.items())
 
 
 def test_training_values_alone_lowers_the_loss(flux_pipeline, values_alone, losses):
