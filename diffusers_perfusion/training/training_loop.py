@@ -29,6 +29,7 @@ from .loss import snr_weights
 from .masks import masks_without_base_model, subject_masks
 from .noise_schedule import noise_schedule
 from .output_folder import check_output_folder, claim_output_folder
+from .trainable import check_trainable
 from .trainer import CONCEPT_NAME, PerfusionTrainer
 from .training_data import make_training_data
 from .training_recipe import training_recipe
@@ -86,6 +87,7 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
     if add_perfusion(pipeline).list_perfusion():
         raise ValueError("the pipeline has concepts loaded; call unload_perfusion() before training")
     family = family_of(pipeline)
+    check_trainable(pipeline, family, generates=bool(config.validation_prompt))
     model, factor = family.model, family.vae_scale_factor * family.latent_patch_size
     resolution = config.resolution or family.default_resolution
     if resolution % factor:
