@@ -39,13 +39,19 @@ def training_recipe(
         mask = mask_source if config.mask in ("auto", mask_source) else config.mask
     return config.recipe() | {
         "base_model": config.base_model,
-        "weights": _digest(_bytes_of(weight.to("cpu", dtype)) for weight in family.edited_weights),
+        "weights": _digest(_bytes_of(_in_full(weight).to(dtype)) for weight in family.edited_weights),
         "images": _digest(image.image.tobytes() for image in images),
         "captions": _digest(repr(prompt).encode() for prompt in prompts),
         "mask": mask,
         "covariance": config.covariance_file and _digest([config.covariance_file.read_bytes()]),
         "initial_embedding": config.initial_embedding and _digest([Path(config.initial_embedding).read_bytes()]),
     }
+
+
+def _in_full(weight: Tensor) -> Tensor:
+    """Return a weight on the CPU in float32, also one that is quantised."""
+    # Detached: of a weight that is not quantised the same tensor comes back, which would be no parameter any more.
+    return weight.detach().to("cpu").dequantize()
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

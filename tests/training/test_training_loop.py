@@ -20,6 +20,7 @@ from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionPipel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_validation import Album
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from diffusers_perfusion import PerfusionConcept, add_perfusion
 from diffusers_perfusion.model_families import cross_attention_layers, family_of
@@ -475,6 +476,23 @@ def test_mixed_precision_is_near_full_precision(run, pipeline, losses, tmp_path)
     assert losses == pytest.approx(full, rel=0.02)
     assert losses != full
     assert torch.isfinite(load_file(path)["token_embeddings.0"]).all()
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["pipeline", "flux_pipeline"])
+def test_a_quantised_model_is_trained(request, name, values_alone, mixed_precision):
+    pipe = request.getfixturevalue(name)
+    model = family_of(pipe).model
+    quantize_(model, Int8WeightOnlyConfig())
+    quantised = {name: weight for name, weight in model.named_parameters() if type(weight.data) is not torch.Tensor}
+    config = TrainingConfig(**values_alone | {"mixed_precision": mixed_precision, "checkpointing_steps": 3})
+    concept = train(pipe, config)
+    assert all(output.abs().max() > 0.1 for output in concept.target_outputs.values())
+    assert quantised and all(type(model.get_parameter(name).data) is not torch.Tensor for name in quantised)
+    path = Path(config.output_dir) / "perfusion.safetensors"
+    written = path.read_bytes()
+    train(pipe, replace(config, resume_from_checkpoint="checkpoint-3"))
+    assert path.read_bytes() == written
 
 
 # Stopped and resumed

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from diffusers_perfusion.training import TrainingConfig
 from diffusers_perfusion.training.images import read_images
@@ -130,3 +131,14 @@ def test_the_base_model_counts_in_the_precision_that_it_is_trained_in(recipe, fa
     layer.to_v.weight.data[0, 0] += 1
     assert changed(recipe(torch.bfloat16), half) == {"weights"}
     assert changed(recipe(pretrained_model_name_or_path="other"), recipe()) == {"base_model"}
+
+
+def test_quantised_weights_count(recipe, family):
+    full = recipe()
+    quantize_(family.model, Int8WeightOnlyConfig())
+    first = recipe()
+    assert changed(first, full) == {"weights"}
+    assert recipe() == first
+    layer = next(iter(family.layers.values()))
+    layer.to_v.weight.qdata[0, 0] += 1
+    assert changed(recipe(), first) == {"weights"}
