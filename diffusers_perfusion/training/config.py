@@ -25,7 +25,7 @@ LR_SCHEDULERS = (
 MAX_SEED = 2**32 - 1
 
 # Settings that may change when a training is resumed: they do not change the trained numbers, or name files whose
-# content counts (`recipe.py`) and not their place.
+# content counts (`training_recipe.py`) and not their place.
 _NOT_IN_RECIPE = {
     "pretrained_model_name_or_path",
     "instance_data_dir",
@@ -122,7 +122,7 @@ class TrainingConfig:
         "Where the subject is: 'alpha' (alpha channel of the images), a folder of masks named like the images, "
         "'clipseg' or the Hub id or folder of a CLIPSeg model, 'attention' (of the base model to the super-class), "
         "'none', or 'auto': the first there is of alpha, a folder 'masks' in instance_data_dir, a CLIPSeg model in "
-        "the cache, and attention.",
+        "the cache, and attention. Models with joint attention have no masks of attention.",
         "auto",
     )
     train_bias: float = _option("training", "Bias of the gate during training.", 0.75)
