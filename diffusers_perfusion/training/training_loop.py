@@ -135,7 +135,8 @@ def train(pipeline: Any, config: TrainingConfig, accelerator: Any = None) -> Per
                 f"{checkpoint} is of step {start}, and max_train_steps is {config.max_train_steps}; give at least "
                 f"{start}, or another checkpoint"
             )
-    models = (pipeline.vae, *family.text_encoders, model)
+    # The model first: where it leaves the accelerator again, there is room for those that come back.
+    models = (model, pipeline.vae, *family.text_encoders)
     with claim_output_folder(config) if accelerator.is_main_process else nullcontext(), _left_as_found(models):
         repo_id = None
         if config.push_to_hub and accelerator.is_main_process:

@@ -464,6 +464,18 @@ def test_gradient_checkpointing_is_on_during_training_only(run, pipeline, monkey
         torch.testing.assert_close(saving[name], tensor, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("by_user", [True, False])
+def test_gradient_checkpointing_trains_the_same_concept_behind_masks(chroma_pipeline, values_alone, by_user):
+    settings = [values_alone | {"output_dir": values_alone["output_dir"] + name} for name in "01"]
+    expected = train(chroma_pipeline, TrainingConfig(**settings[0]))
+    if by_user:
+        chroma_pipeline.transformer.enable_gradient_checkpointing()
+    found = train(chroma_pipeline, TrainingConfig(**settings[1] | {"gradient_checkpointing": not by_user}))
+    assert chroma_pipeline.transformer.is_gradient_checkpointing == by_user
+    for name, output in expected.target_outputs.items():
+        torch.testing.assert_close(found.target_outputs[name], output)
+
+
 def test_mixed_precision_is_near_full_precision(run, pipeline, losses, tmp_path):
     run(mixed_precision="no")
     full = losses.copy()
