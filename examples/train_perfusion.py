@@ -35,6 +35,7 @@ def parse_config():
     parser.add_argument("--placeholder_token", required=True, help="Token that calls the concept in a prompt.")
     parser.add_argument("--superclass", required=True, help="Super-class of the subject, such as 'teddy bear'.")
     parser.add_argument("--output_dir", default="perfusion-concept", help="Folder for the concept file.")
+    parser.add_argument("--resolution", type=int, help="Side of the images in pixels; by default the base model's.")
     parser.add_argument("--mask", default="auto", help="Source of masks: auto, alpha, attention, clipseg or none.")
     parser.add_argument("--covariance", help="File with one caption per line; by default the base model's.")
     parser.add_argument("--train_batch_size", type=int, default=16)
@@ -61,7 +62,7 @@ def main():
         part.to(accelerator.device, torch.float32).requires_grad_(False).eval()
 
     # Images of the subject become latents, masks say where the subject is in them, and captions what else is.
-    resolution = family.default_resolution
+    resolution = config.resolution or family.default_resolution
     images = read_images(config.instance_data_dir, resolution, seed=config.seed)
     masks, mask_source = subject_masks(
         config.mask, images, config.instance_data_dir, config.superclass, pipeline, config.seed
@@ -73,9 +74,10 @@ def main():
     ]
     data = make_training_data(family, pipeline.vae, pixels, masks, config.random_flip, prompts)
 
-    # The inverse of C, the second moment of encoder hidden states, is the metric of the gate's similarity.
+    # The inverse of C, the second moment of encoder hidden states, is the metric of the gate's similarity. Concepts in
+    # joint attention are known by the token's position alone.
     captions = Path(config.covariance or Path(config.pretrained_model_name_or_path) / "captions.txt")
-    c_inv = invert(cached_covariance(family, captions if captions.is_file() else None))
+    c_inv = None if family.joint else invert(cached_covariance(family, captions if captions.is_file() else None))
 
     # The text encoders stay in float32, because the metric depends on the last digits.
     if accelerator.mixed_precision != "no":

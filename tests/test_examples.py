@@ -50,6 +50,19 @@ def test_the_training_script_trains_the_same_concept_as_the_command(
         run_script(monkeypatch, *flags, "--placeholder_token", "<my-dog>")
 
 
+def test_the_training_script_trains_joint_attention_without_a_metric(
+    monkeypatch, training_settings, flux_pipeline, tmp_path
+):
+    monkeypatch.setattr("diffusers_perfusion.training.covariance.cached_covariance", None)
+    flux_pipeline.save_pretrained(tmp_path / "flux")
+    settings = {"pretrained_model_name_or_path": tmp_path / "flux", "mask": "none", "resolution": 16}
+    flags = [text for name, value in (training_settings | settings).items() for text in (f"--{name}", str(value))]
+    run_script(monkeypatch, *flags)
+    assert main(["train", *flags, "--output_dir", str(tmp_path / "command")]) == 0
+    path = Path(training_settings["output_dir"]) / "perfusion.safetensors"
+    assert path.read_bytes() == (tmp_path / "command" / "perfusion.safetensors").read_bytes()
+
+
 def test_the_attention_processor_alone_generates_the_concept(tmp_path, monkeypatch):
     """With guidance too it is nearly the Perfusion pipeline's image, and not the base model's."""
     base, concept = str(EXAMPLES / "pocket"), str(EXAMPLES / "hub" / "my-bear")
