@@ -41,8 +41,8 @@ def add_perfusion(pipeline: Pipeline) -> Pipeline:
     if not isinstance(pipeline, PerfusionLoaderMixin):
         family_of(pipeline)
         pipeline.__class__ = with_mixin(PerfusionLoaderMixin, type(pipeline))
-        folder = Path(pipeline.config.get("_name_or_path", ""))  # type: ignore[attr-defined]
-        if has_saved_concepts(folder) and registry_of(edited_model(pipeline)) is None:
+        folder = pipeline.config.get("_name_or_path")  # type: ignore[attr-defined]
+        if folder and has_saved_concepts(Path(folder)) and registry_of(edited_model(pipeline)) is None:
             logger.warning(
                 f"The concepts that were saved with {folder} are not loaded; load pipeline and concepts with "
                 "PerfusionPipeline.from_pretrained()."
