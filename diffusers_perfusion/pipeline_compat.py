@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from .model_families import FAMILIES, edited_model, family_class, family_of
 from .model_families.base import tokenizer_in, uncompiled
 from .model_hooks import attach, detach
-from .placeholder_tokens import PlaceholderTokens
+from .placeholder_tokens import PlaceholderTokens, token_pattern
 from .registry import registry_of
 
 logger = logging.get_logger(__name__)
@@ -217,7 +217,7 @@ def _with_exact_tokens(prompt: Any, tokens: Sequence[str]) -> Any:
         return prompt
     exact = {token.lower(): token for token in tokens} | {token: token for token in tokens}
     return re.sub(
-        _pattern(tokens), lambda found: exact.get(found[0], exact[found[0].lower()]), prompt, flags=re.IGNORECASE
+        token_pattern(tokens), lambda found: exact.get(found[0], exact[found[0].lower()]), prompt, flags=re.IGNORECASE
     )
 
 
@@ -272,7 +272,7 @@ def _leave_negative_prompts_out(
 def _holds(prompt: Any, token: str) -> list[bool]:
     """Return whether each text holds a token: of a prompt, of several, or of None."""
     texts = [prompt] if isinstance(prompt, str) else prompt or ()
-    return [bool(re.search(_pattern([token]), text)) for text in texts]
+    return [bool(re.search(token_pattern([token]), text)) for text in texts]
 
 
 def _warn_of_missing_brackets(prompt: Any, tokens: Sequence[str]) -> None:
@@ -296,15 +296,6 @@ def _warn_of_missing_brackets(prompt: Any, tokens: Sequence[str]) -> None:
                 )
 
 
-def _pattern(tokens: Sequence[str]) -> str:
-    """Return a pattern for placeholder tokens, which are not found inside of a word if they are letters themselves."""
-    # The longest first, for one may be a part of another.
-    return "|".join(
-        (r"(?<!\w)" if token[0].isalnum() else "") + re.escape(token) + (r"(?!\w)" if token[-1].isalnum() else "")
-        for token in sorted(tokens, key=len, reverse=True)
-    )
-
-
 def _keeping_tokens(clean: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """Wrap the method that changes a prompt before it is tokenized, so that placeholder tokens stay as they are.
 
@@ -321,7 +312,7 @@ def _keeping_tokens(clean: Callable[..., list[str]]) -> Callable[..., list[str]]
         }
         texts = [text] if isinstance(text, str) else list(text)
         if tokens:
-            texts = [re.sub(_pattern(tokens), lambda found: stand_ins[found[0]], one) for one in texts]
+            texts = [re.sub(token_pattern(tokens), lambda found: stand_ins[found[0]], one) for one in texts]
         texts = clean(self, texts, *args, **kwargs)
         for token, stand_in in stand_ins.items():
             texts = [one.replace(stand_in, token) for one in texts]

@@ -2,20 +2,25 @@
 
 import copy
 import itertools
+import re
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .model_families import ModelFamily
 from .model_families.base import embedding_table
+
+# Characters for private use, by which a tokenizer knows how a placeholder token stands in a text: one in place of the
+# space before it, and one between it and what follows it without a space.
+_AFTER_SPACE, _JOINED = "\ue000", "\ue001"
 
 # Called after each forward pass of a text encoder with its token ids and attention mask, and its output.
 Listener = Callable[[Tensor, Tensor | None, Any], None]
@@ -26,18 +31,22 @@ class _Entry(NamedTuple):
 
     Attributes:
         embedding: `v*`, `(width,)`; None if the token has none.
-        superclass_ids: token ids of its super-class after a space.
-        bare_superclass_ids: without one.
-        version: a number that no other embedding has.
+        superclass: in plain words.
+        superclass_ids: its token ids after a space.
+        first_superclass_ids: at the beginning of a text.
+        joined_superclass_ids: behind something else, such as a bracket.
+        version: a number that no token of another embedding or super-class has.
     """
 
     embedding: Tensor | None
+    superclass: str
     superclass_ids: list[int]
-    bare_superclass_ids: list[int]
+    first_superclass_ids: list[int]
+    joined_superclass_ids: list[int]
     version: int
 
 
-# Versions of embeddings, of all tokenizers.
+# Versions of tokens, of all tokenizers.
 _VERSIONS = itertools.count()
 
 
@@ -219,8 +228,10 @@ class PlaceholderTokens:
             # Copies of one model have the same concept.
             same = [entry.version for entry in known if _are_same(entry.embedding, learned)]
             version = same[0] if same else next(_VERSIONS)
-            spaced, bare = (superclass_ids(self.tokenizer, superclass, space) for space in (" ", ""))
-            self._entries[owner][token] = _Entry(learned, spaced, bare, version)
+            spaced, first = (superclass_ids(self.tokenizer, superclass, space) for space in (" ", ""))
+            bracket, joined = self._ids("("), self._ids(f"({superclass.strip()}")
+            joined = joined[len(bracket) :] if joined[: len(bracket)] == bracket else first
+            self._entries[owner][token] = _Entry(learned, superclass.strip(), spaced, first, joined, version)
             return version
 
     def remove(self, owner: Hashable, token: str) -> None:
@@ -328,34 +339,30 @@ class PlaceholderTokens:
 
     def _extended(self, names: frozenset[str]) -> _Vocabulary:
         extended = _copy(self.tokenizer)
-        # In the order of the alphabet, so that the ids do not depend on the order of loading. A tokenizer that
-        # ignores case does so for placeholder tokens, as for those of Textual Inversion; for any other `normalized`
-        # would let its changes of the text hide the token. `lstrip` takes the space before it, which is a token to
-        # some. Where a word behind a space is a token of its own, so is the placeholder token: `lstrip` would also
-        # take the line break of a chat template. A token of letters has no two, for a space ends no whole word.
+        backend = getattr(extended, "_tokenizer", None)
         texts: dict[str, str] = {}
         added = []
+        if marked := isinstance(backend, Tokenizer):
+            _mark_surroundings(backend, names)
+        # In the order of the alphabet, so that the ids do not depend on the order of loading. What a tokenizer does to
+        # any text, such as ignoring case, it does to placeholder tokens. One of letters is no part of a word.
         for token in sorted(names):
+            texts[token] = token
             letters = token[0].isalnum() and token[-1].isalnum()
-            both = self._keeps_spaces and not letters
-            for text in (f" {token}", token) if both else (token,):
-                texts[text] = token
-                added.append(AddedToken(text, normalized=self._ignores_case, lstrip=not both, single_word=letters))
+            added.append(AddedToken(token, normalized=marked, single_word=letters, lstrip=not marked))
+            if marked:
+                texts[_AFTER_SPACE + token] = token
+                added.append(AddedToken(_AFTER_SPACE + token, normalized=True))
         extended.add_tokens(added)
         extended._perfusion_text_encoder = id(self.text_encoder)
         ids = dict(zip(extended.convert_tokens_to_ids(list(texts)), texts, strict=True))
         return _Vocabulary(
             extended.__dict__,
             {token_id: texts[text] for token_id, text in ids.items()},
-            {token_id for token_id, text in ids.items() if f" {text}" in texts},
+            {token_id for token_id, text in ids.items() if _AFTER_SPACE + text in texts},
             set(extended.get_added_vocab()),
             [token_id for token_id in self.tokenizer("").input_ids[-1:] if token_id == self.tokenizer.eos_token_id],
         )
-
-    @property
-    def _keeps_spaces(self) -> bool:
-        """Whether a word behind a space is another token than the word alone."""
-        return superclass_ids(self.tokenizer, "a") != superclass_ids(self.tokenizer, "a", space="")
 
     @property
     def _ignores_case(self) -> bool:
@@ -403,27 +410,48 @@ class PlaceholderTokens:
         if [pad] != end:
             padding = length - max((n for n, token_id in enumerate(input_ids, 1) if token_id != pad), default=0)
         prompt: list[int] = []
+        parts = self._with_superclasses(input_ids)
         # Padding before a prompt gives way, so that what is behind the token stays where it is.
         before = next((n for n, token_id in enumerate(input_ids) if token_id != pad), length)
-        more = sum(len(self._superclass_ids(token_id)) - 1 for token_id in input_ids if token_id in vocabulary.tokens)
-        start = min(before, more) if cut else 0
+        start = min(before, sum(map(len, parts)) - length) if cut else 0
         index = [0] * start
-        for token_id in input_ids[start:]:
-            superclass = self._superclass_ids(token_id) if token_id in vocabulary.tokens else None
-            prompt += superclass or [token_id]
-            if superclass and cut and len(prompt) > room:  # the word that says what it is stays
-                prompt[room - 1 :] = superclass[-1:]
+        for token_id, part in zip(input_ids[start:], parts[start:], strict=True):
+            prompt += part
+            if token_id in vocabulary.tokens and cut and len(prompt) > room:  # the word that says what it is stays
+                prompt[room - 1 :] = part[-1:]
             index.append((min(len(prompt), length) if cut else len(prompt)) - 1)
         longer = len(prompt) + start - length
         if cut:
             prompt = prompt[:length] if longer < padding else [*prompt[:room], *end]
         return SuperclassPrompt(prompt, index, longer)
 
-    def _superclass_ids(self, token_id: int) -> list[int]:
-        """Return the token ids of the super-class in place of a placeholder token, by the token's id."""
+    def _with_superclasses(self, input_ids: Sequence[int]) -> list[list[int]]:
+        """Return the token ids of a prompt one by one, with those of the super-class for each placeholder token.
+
+        Where a super-class stands right behind a token, such as `'`, that may become another one (`'t`).
+        """
         vocabulary: Any = self._current
-        entry = self._entry(vocabulary.tokens[token_id])
-        return entry.bare_superclass_ids if token_id in vocabulary.bare else entry.superclass_ids
+        parts = [[token_id] for token_id in input_ids]
+        for position, token_id in enumerate(input_ids):
+            if token_id not in vocabulary.tokens:
+                continue
+            entry = self._entry(vocabulary.tokens[token_id])
+            if token_id not in vocabulary.bare:
+                parts[position] = entry.superclass_ids
+            elif position == 0:
+                parts[position] = entry.first_superclass_ids
+            else:
+                parts[position] = entry.joined_superclass_ids
+                before = input_ids[position - 1]
+                if before not in vocabulary.tokens and before not in self.tokenizer.all_special_ids:
+                    text = self.tokenizer.decode([before])
+                    both = self._ids(text + entry.superclass)
+                    if self._ids(text) == [before] and len(both) > 1:
+                        parts[position - 1 : position + 1] = both[:1], both[1:]
+        return parts
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _entry(self, token: str) -> _Entry:
         """Return the entry of a token; if several owners have it, that of the one whose pipeline encodes.
@@ -476,7 +504,7 @@ class PlaceholderTokens:
                 continue  # somebody else's, and not in these prompts
             if entry.embedding is None:
                 # Past the hooks on it, one of which has called this.
-                superclass = module.forward(torch.tensor(self._superclass_ids(token_id), device=ids.device))
+                superclass = module.forward(torch.tensor(entry.superclass_ids, device=ids.device))
                 embedding = superclass.mean(0) * _signature(token, superclass)
             else:
                 embedding = entry.embedding.to(output) * scale
@@ -575,6 +603,37 @@ def superclass_ids(tokenizer: Any, superclass: str, space: str = " ") -> list[in
     if len(ids) > (limit := tokenizer.model_max_length // 2):
         raise ValueError(f"the super-class {superclass!r} is {len(ids)} tokens long; expected at most {limit}")
     return ids
+
+
+def token_pattern(tokens: Sequence[str]) -> str:
+    """Return a pattern for placeholder tokens, which are not found inside of a word if they are letters themselves."""
+    # The longest first, for one may be a part of another.
+    return "|".join(
+        (r"(?<!\w)" if token[0].isalnum() else "") + re.escape(token) + (r"(?!\w)" if token[-1].isalnum() else "")
+        for token in sorted(tokens, key=len, reverse=True)
+    )
+
+
+def _mark_surroundings(backend: Tokenizer, names: Collection[str]) -> None:
+    """Let a tokenizer read the text around placeholder tokens as it reads the text around a word.
+
+    A space before a token is a part of it, as of a word; and no space is put between a token and what follows it, as
+    some tokenizers do at the beginning of all text between added tokens.
+
+    Args:
+        backend: of the tokenizer, which does not know the tokens yet.
+        names: the tokens.
+    """
+    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    tokens = [token if normalizer is None else normalizer.normalize_str(token) for token in names]
+    steps = [] if normalizer is None else [normalizer]
+    steps.append(normalizers.Replace(Regex(f"[ ▁](?={token_pattern(tokens)})"), _AFTER_SPACE))
+    if pre_tokenizer is not None and pre_tokenizer.pre_tokenize_str(",")[0][0] != ",":
+        for token in sorted(tokens, key=len, reverse=True):  # one may begin with another
+            steps.append(normalizers.Replace(Regex(f"{token_pattern([token])}(?=[^ ])"), token + _JOINED))
+        put_before = pre_tokenizers.Split(Regex(f".?{_JOINED}"), "removed")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer, put_before])
+    backend.normalizer = normalizers.Sequence(steps)
 
 
 def _copy(tokenizer: Any) -> Any:

@@ -992,6 +992,12 @@ def concept(pipe):
     return make
 
 
+def places_of(tokenizer, prompt, token):
+    """The positions of a placeholder token in the token ids of a prompt."""
+    ids = [token_id for text, token_id in tokenizer.get_added_vocab().items() if text.endswith(token)]
+    return [place for place, token_id in enumerate(tokenizer(prompt).input_ids) if token_id in ids]
+
+
 def effect(one, other):
     """The largest difference between two images."""
     return float((one - other).abs().max())

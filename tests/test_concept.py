@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import places_of
 
 from diffusers_perfusion import PerfusionConcept
 from diffusers_perfusion.concept_file import MAX_HEADER_BYTES, WEIGHT_NAME, ConceptHeader
@@ -326,7 +327,7 @@ def test_an_ordinary_pipeline_generates_a_concept_with_standard_calls(
     concept, prompt = make_concept(bias=0.7), "a <my-cat> on the beach"
     pipeline.load_perfusion(concept)
     # As after a training, the target input is what the text encoder gives at the token.
-    place = pipeline.tokenizer(prompt).input_ids.index(pipeline.tokenizer.convert_tokens_to_ids("<my-cat>"))
+    (place,) = places_of(pipeline.tokenizer, prompt, "<my-cat>")
     target_input = pipeline.encode_prompt(prompt, "cpu", 1, False)[0][0, place].detach()
     concept = replace(concept, target_input=target_input, inverse_target_input=target_input)
     pipeline.unload_perfusion()

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LENGTH, make_unet, make_vae
+from conftest import LENGTH, make_unet, make_vae, places_of
 from diffusers import AutoencoderKL, DiTPipeline, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -792,10 +792,7 @@ def test_marked_embeddings_may_come_with_the_positions_of_their_tokens(pipeline,
     pipeline.load_perfusion([cat, dog])
     prompt = "a <my-cat> on a <my-dog>"
     expected = generate(prompt)
-    ids = pipeline.tokenizer(prompt).input_ids
-    places = {
-        name: [ids.index(pipeline.tokenizer.convert_tokens_to_ids(f"<{name}>"))] for name in ("my-cat", "my-dog")
-    }
+    places = {name: places_of(pipeline.tokenizer, prompt, f"<{name}>") for name in ("my-cat", "my-dog")}
     positive, negative = pipeline.encode_prompt(prompt, "cpu", 1, True)
     embeddings = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
     pipeline.mark_perfusion(positive, places)

@@ -540,7 +540,7 @@ def test_a_freed_text_encoder_leaves_the_tokenizer(pipeline, components, cat, ge
     assert len(pipeline.tokenizer) == tokens
     pipeline.text_encoder = make_text_encoder(pipeline.tokenizer)
     generate(CAT)
-    assert len(pipeline.tokenizer) == tokens + 1
+    assert len(pipeline.tokenizer) > tokens
     pipeline.unload_perfusion()
     assert len(pipeline.tokenizer) == tokens
 

@@ -208,12 +208,11 @@ def test_positions_are_those_in_the_row_that_a_pipeline_keeps(sana_pipeline, ins
     )[0]
     ids = calls[0][0].tolist()
     kept = ids if len(ids) == length else [ids[0], *ids[1 - length :]]
-    token_ids = sana_pipeline.tokenizer.convert_tokens_to_ids(["<my-cat>", " <my-cat>"])
-    expected = tuple(position for position, one in enumerate(kept) if one in token_ids)
+    tokens = PlaceholderTokens.existing(sana_pipeline.text_encoder)
+    expected, tracker = tokens.positions(kept), PromptTracker.of(tokens)
     assert expected
-    tracker = PromptTracker.of(PlaceholderTokens.existing(sana_pipeline.text_encoder))
     assert rows.shape[1] == length
-    assert tracker.memory.find(rows[0]).tokens == {"<my-cat>": expected}
+    assert tracker.memory.find(rows[0]).tokens == expected
 
 
 def test_a_token_that_is_cut_off_is_not_in_the_row(sana_pipeline):

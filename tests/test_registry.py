@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import LENGTH, WIDTH, expected_gates, make_text_encoder, random_concept
+from conftest import LENGTH, WIDTH, expected_gates, make_text_encoder, places_of, random_concept
 
 from diffusers_perfusion import PerfusionPipeline
 from diffusers_perfusion.model_families import family_of
@@ -218,8 +218,7 @@ def test_the_gate_at_a_token_is_that_of_bias_and_temperature_wherever_it_stands(
 ):
     load("my-cat", bias=0.9, temperature=0.15)
     hidden_states = encode(prompt)
-    token = pipeline.tokenizer.convert_tokens_to_ids("<my-cat>")
-    places = [place for place, ids in enumerate(pipeline.tokenizer(prompt).input_ids) if ids == token]
+    places = places_of(pipeline.tokenizer, prompt, "<my-cat>")
     assert len(places) == prompt.count("<my-cat>")
     registry.prepare(hidden_states)
     expected = torch.sigmoid(torch.tensor(0.1 / 0.15))
@@ -273,8 +272,7 @@ def test_two_concepts_of_one_super_class_are_in_one_prompt(registry, load, encod
     prompt = "a <cat> and a <other>"
     hidden_states = encode(prompt)
     registry.prepare(hidden_states)
-    ids = pipeline.tokenizer(prompt).input_ids
-    places = [ids.index(pipeline.tokenizer.convert_tokens_to_ids(token)) for token in ("<cat>", "<other>")]
+    places = [places_of(pipeline.tokenizer, prompt, token)[0] for token in ("<cat>", "<other>")]
     assert registry.edit.gate[0].nonzero().tolist() == [[places[0], 0], [places[1], 1]]
 
     registry.register(hidden_states, {"<cat>": (), "<other>": ()})
@@ -514,7 +512,7 @@ def test_a_concept_is_known_to_all_text_encoders_or_none(xl_pipeline):
     registry = ConceptRegistry(family)
     registry.connect(family)
     registry.add("my-cat", concept)
-    assert [len(tokenizer) for tokenizer in family.tokenizers] == [size + 1 for size in sizes]
+    assert all(len(tokenizer) > size for tokenizer, size in zip(family.tokenizers, sizes, strict=True))
     family.tokenizers[1].add_tokens(["<other>"])
     for change in (
         lambda: registry.remove("my-cat"),
@@ -563,7 +561,7 @@ def test_a_freed_registry_leaves_the_tokenizer(family, make_concept):
     size, registry = len(tokenizer), ConceptRegistry(family)
     registry.connect(family)
     registry.add("my-cat", make_concept())
-    assert len(tokenizer) == size + 1
+    assert len(tokenizer) > size
     del registry
     gc.collect()
     assert len(tokenizer) == size
@@ -582,4 +580,4 @@ def test_a_copy_shares_the_text_encoders_and_not_the_concepts(registry, load, fa
     assert list(copied.loaded) == ["my-cat"]
     assert len(family.tokenizers[0]) == size
     copied.remove("my-cat")
-    assert len(family.tokenizers[0]) == size - 1
+    assert len(family.tokenizers[0]) < size

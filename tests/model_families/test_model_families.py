@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_pixart, make_unet
+from conftest import make_pixart, make_unet, random_concept
 from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from diffusers_perfusion.model_families import FAMILIES, edited_model, family_of
@@ -91,6 +91,27 @@ def test_gradient_checkpointing_changes_nothing(request, name):
     family.enable_gradient_checkpointing()
     assert family.model.is_gradient_checkpointing
     assert all(torch.equal(*pair) for pair in zip(prediction_and_gradient(), expected, strict=True))
+
+
+# Of those whose text is not in place of the super-class prompt's, a super-class of one token keeps all positions.
+BEHIND = ["a {}, good", "a {}.", "a photo of a {} (good)", "{}'s photo", 'a good photo: "a {}"', "a {}-photo"]
+BEFORE = ["({}), good", 'a "{}" on', "a '{}'", "a [{}]", "a good-{}"]
+
+
+@pytest.mark.parametrize("token", ["<my-cat>", "sks"])
+@pytest.mark.parametrize("name", sorted({*ALL} - {"alpha_pipeline", "xl_pipeline"}))  # XL's pooled vector stays
+def test_a_closed_gate_gives_the_superclass_prompt_beside_any_sign(request, name, generate, token):
+    pipe, (family, arguments) = request.getfixturevalue(name), ALL[name]
+    if family in ("PixArt", "Sana"):
+        arguments = arguments | {"use_resolution_binning": False, "clean_caption": False}
+    joint = family_of(pipe).joint
+    superclass, prompts = ("teddy bear", [*BEHIND, *BEFORE]) if joint else ("cat", BEHIND)
+    plain = generate([prompt.replace("{}", superclass) for prompt in prompts], pipe, **arguments)
+    pipe.load_perfusion(random_concept(pipe, token, superclass))
+    prompts = [prompt.replace("{}", token) for prompt in prompts]
+    assert (generate(prompts, pipe, **arguments) - plain).flatten(1).abs().amax(1).min() > 1e-3
+    pipe.set_perfusion(bias=2.0, temperature=0.01)
+    torch.testing.assert_close(generate(prompts, pipe, **arguments), plain, atol=1e-5, rtol=1e-4)
 
 
 def test_pipelines_that_cannot_take_a_concept(components, xl_components):
