@@ -212,7 +212,7 @@ class PlaceholderTokens:
         with the token only to be told from others.
 
         Returns:
-            The version of the embedding, by which prompts that were encoded with it are told from others.
+            The version of the token, by which prompts that were encoded with it are told from others.
 
         Raises:
             ValueError: if the tokenizer knows the token or does not know the super-class, the embedding is of another
@@ -225,10 +225,14 @@ class PlaceholderTokens:
                 weakref.finalize(owner, _forget_owner, weakref.ref(self))
             known = [entries[token] for entries in self._entries.values() if token in entries]
             learned = None if self.family.joint else embedding
-            # Copies of one model have the same concept.
-            same = [entry.version for entry in known if _are_same(entry.embedding, learned)]
-            version = same[0] if same else next(_VERSIONS)
             spaced, first = (superclass_ids(self.tokenizer, superclass, space) for space in (" ", ""))
+            # Copies of one model have the same concept.
+            same = [
+                entry.version
+                for entry in known
+                if entry.superclass_ids == spaced and _are_same(entry.embedding, learned)
+            ]
+            version = same[0] if same else next(_VERSIONS)
             bracket, joined = self._ids("("), self._ids(f"({superclass.strip()}")
             joined = joined[len(bracket) :] if joined[: len(bracket)] == bracket else first
             self._entries[owner][token] = _Entry(learned, superclass.strip(), spaced, first, joined, version)

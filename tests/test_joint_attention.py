@@ -4,14 +4,17 @@ import copy
 import logging
 import pickle
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
 from conftest import LENGTH, effect, make_flux, random_concept
+from diffusers import FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 
+from diffusers_perfusion import add_perfusion
 from diffusers_perfusion.joint_attention import ValueHook, value_sites
 from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.registry import registry_of
@@ -213,6 +216,25 @@ def test_embeddings_of_others_are_marked(pipe, draw, concept, caplog):
     bear = pipe.tokenizer_2(PLAIN).input_ids.index(pipe.tokenizer_2(" bear", add_special_tokens=False).input_ids[0])
     pipe.mark_perfusion(embeds, {"my-bear": bear})
     torch.testing.assert_close(draw(PLAIN, **arguments), expected)
+
+
+def test_one_token_of_two_superclasses_on_models_that_share_text_encoders(pipe, draw, concept, caplog):
+    """A prompt that another model's pipeline encoded is not recognised, and nobody encodes one for both."""
+    parts = {name: getattr(pipe, name) for name in signature(FluxPipeline.__init__).parameters if name != "self"}
+    parts |= {"transformer": make_flux(), "image_encoder": None, "feature_extractor": None}
+    other, stock = add_perfusion(FluxPipeline(**parts)), FluxPipeline(**parts)
+    pipe.load_perfusion(concept())
+    other.load_perfusion(random_concept(other, "<my-bear>", "cat", 1))
+    with torch.no_grad():
+        embeds, pooled, _ = pipe.encode_prompt(BEAR, max_sequence_length=LENGTH)
+    arguments = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    with caplog.at_level(logging.WARNING):
+        draw(BEAR, pipe=other, **arguments)
+    assert "does not recognise 1 of 1 prompt embeddings" in caplog.text
+    with pytest.raises(ValueError, match="'<my-bear>' is loaded on several models that share this text encoder"):
+        draw(BEAR, pipe=stock)
+    other.set_perfusion(bias=2.0, temperature=0.01)
+    assert torch.equal(draw(BEAR, pipe=other), draw("a cat on the beach", pipe=other))
 
 
 def test_arguments_by_place_are_seen(pipe, concept, draw):

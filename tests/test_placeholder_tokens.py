@@ -454,6 +454,15 @@ def test_owners_of_one_embedding_are_not_told_apart(tokens, owner):
     assert torch.equal(encode(tokens, "a <my-cat>"), expected)
 
 
+def test_owners_of_one_embedding_and_two_superclasses_are_told_apart(tokens, owner):
+    other, embedding = Owner(), vector(0)
+    for one, superclass in ((owner, "cat"), (other, "teddy bear")):
+        tokens.add(one, "<my-cat>", embedding, superclass)
+        tokens.attach(one)
+    with pytest.raises(ValueError, match="'<my-cat>' is loaded on several models"):
+        encode(tokens, "a <my-cat>")
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_owners_leave_in_either_order(tokens, tokenizer, owners, first):
     size = len(tokenizer)
