@@ -160,6 +160,8 @@ class PromptTracker:
             if self.family.follows_length and mask is not None:
                 ids = ids[: int(mask.sum())]
             kept = self.family.kept_positions(len(ids), max_length)
+            if not kept:  # somebody else's text, which no pipeline gives to the model
+                continue
             positions_of = tokens.positions(ids)
             replaced = self.family.joint and bool(positions_of)
             superclass = tokens.superclass_prompt(ids)

@@ -100,6 +100,17 @@ def test_a_token_that_falls_off_the_end_is_warned_of(pipe, draw, concept, caplog
     assert "<my-bear> falls off the end of a prompt" in caplog.text
 
 
+def test_a_text_encoder_may_be_called_for_something_else(pipe, concept):
+    """With a text that is shorter than the beginning of a chat, and to write on."""
+    pipe.load_perfusion(concept())
+    family = family_of(pipe)
+    (tokenizer,), (text_encoder,) = family.tokenizers, family.text_encoders
+    ids = tokenizer("a <my-bear>", return_tensors="pt").input_ids
+    text_encoder(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    written = text_encoder.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    assert written.shape[1] > ids.shape[1]
+
+
 def test_values_alone_are_trained_to_an_effect(pipe, draw, training_settings):
     token, superclass = "<my-cat> on the beach", "teddy bear on the beach"
     plain = draw(superclass)
