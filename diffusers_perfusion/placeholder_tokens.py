@@ -178,7 +178,8 @@ class PlaceholderTokens:
                 f"{token!r} differs only in case from {same[0]!r}, which is loaded already, and this tokenizer "
                 "ignores case; give it another placeholder token with placeholder_token="
             )
-        if token not in known and len(self.tokenizer.tokenize(token)) == 1:
+        ids = self._ids(token)
+        if len(ids) == 1 and not self.positions(ids):
             raise ValueError(
                 f"{token!r} is already a token of the tokenizer, so it cannot stand for a concept; choose another "
                 "with placeholder_token=, such as '<my-cat>'"
@@ -619,10 +620,10 @@ def token_pattern(tokens: Sequence[str]) -> str:
 
 
 def _mark_surroundings(backend: Tokenizer, names: Collection[str]) -> None:
-    """Let a tokenizer read the text around placeholder tokens as it reads the text around a word.
+    """Let a tokenizer read placeholder tokens in any case, and the text around them as around a word.
 
-    A space before a token is a part of it, as of a word; and no space is put between a token and what follows it, as
-    some tokenizers do at the beginning of all text between added tokens.
+    Two tokens that differ only in case are read in their own. A space before a token is a part of it, as of a word. No
+    space is put between a token and what follows it, as some tokenizers do where text between added tokens begins.
 
     Args:
         backend: of the tokenizer, which does not know the tokens yet.
@@ -631,6 +632,10 @@ def _mark_surroundings(backend: Tokenizer, names: Collection[str]) -> None:
     normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     tokens = [token if normalizer is None else normalizer.normalize_str(token) for token in names]
     steps = [] if normalizer is None else [normalizer]
+    lower = [token.lower() for token in tokens]
+    for token in tokens:
+        if lower.count(token.lower()) == 1:
+            steps.append(normalizers.Replace(Regex(f"(?i){token_pattern([token])}"), token))
     steps.append(normalizers.Replace(Regex(f"[ ▁](?={token_pattern(tokens)})"), _AFTER_SPACE))
     if pre_tokenizer is not None and pre_tokenizer.pre_tokenize_str(",")[0][0] != ",":
         for token in sorted(tokens, key=len, reverse=True):  # one may begin with another

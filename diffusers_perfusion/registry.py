@@ -458,6 +458,7 @@ class ConceptRegistry:
                 "give their positions, as in mark_perfusion(prompt_embeds, {name: [position]}).",
             )
         superclass_prompt = self._superclass_prompt(hidden_states, {number: recognised[number] for number in rows})
+        replaced = [number for number in rows if (row := recognised[number]) and row.is_superclass_prompt]
         longer = 0 if superclass_prompt is None else superclass_prompt.shape[1] - hidden_states.shape[1]
         inputs = self._project(F.pad(hidden_states, (0, 0, 0, longer)))
         # By name, so that the order in which they were loaded or stand in a prompt does not change a bit.
@@ -481,7 +482,7 @@ class ConceptRegistry:
             coef=coef,
             gate=gate,
             inputs=new_inputs,
-            pooled=None if pooled is None or given is not None else self._superclass_pooled(pooled),
+            pooled=None if pooled is None or given is not None else self._superclass_pooled(pooled, replaced),
             longer=tuple(0 if row is None else row.longer for row in recognised),
             superclass_prompt=superclass_prompt if self.locking == "global" else None,
             repeats_rows=self.repeats_rows,
@@ -528,20 +529,31 @@ class ConceptRegistry:
             superclass_prompt[number, : len(found)] = found
         return self._project(superclass_prompt)
 
-    def _superclass_pooled(self, pooled: Tensor) -> Tensor:
+    def _superclass_pooled(self, pooled: Tensor, replaced: Sequence[int]) -> Tensor:
         """Return pooled vectors `(batch, d_pooled)`, with those of super-class prompts where a prompt has a token.
+
+        Args:
+            pooled: of all prompts, as the model gets them.
+            replaced: numbers of the prompts that are replaced by super-class prompts.
 
         Raises:
             ValueError: as `_superclass_prompt`.
         """
         found = pooled.clone()
-        for number, vector in enumerate(pooled):
-            row = self._recognise(vector)
+        recognised = [self._recognise(vector) for vector in pooled]
+        for number, row in enumerate(recognised):
             if row is not None and row.tokens:
-                superclass = row.superclass_row(vector)
+                superclass = row.superclass_row(pooled[number])
                 if superclass is None:
                     raise ValueError(_GONE)
                 found[number] = superclass
+        if unknown := [number for number in replaced if recognised[number] is None]:
+            self._warn(
+                pooled,
+                f"Perfusion does not recognise {len(unknown)} of {len(pooled)} pooled prompt embeddings, so the model "
+                "does not get those of the super-class prompts in their place; give them as encode_prompt returns "
+                "them.",
+            )
         return found
 
     def _coefficients(

@@ -237,6 +237,25 @@ def test_one_token_of_two_superclasses_on_models_that_share_text_encoders(pipe, 
     assert torch.equal(draw(BEAR, pipe=other), draw("a cat on the beach", pipe=other))
 
 
+def test_pooled_vectors_that_are_not_recognised_are_warned_of(pipe, draw, concept, caplog):
+    pipe.load_perfusion(concept())
+    embeds, pooled, _ = pipe.encode_prompt([BEAR, OTHER], max_sequence_length=LENGTH)
+    with caplog.at_level(logging.WARNING):
+        draw([BEAR, OTHER], prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+        assert not caplog.records
+        draw([BEAR, OTHER], prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled * 1.001)
+    (record,) = caplog.records
+    assert record.message.startswith("Perfusion does not recognise 1 of 2 pooled prompt embeddings, so the model does")
+
+
+def test_a_stock_pipeline_of_the_same_model_finds_a_token_in_any_case(pipe, draw, concept):
+    pipe.load_perfusion(concept())
+    expected, stock = draw([BEAR, OTHER]), FluxPipeline.from_pipe(pipe)
+    stock.set_progress_bar_config(disable=True)
+    assert not hasattr(stock, "load_perfusion")
+    assert torch.equal(draw(["a <My-Bear> on the beach", OTHER], pipe=stock), expected)
+
+
 def test_arguments_by_place_are_seen(pipe, concept, draw):
     pipe.load_perfusion(concept())
     seen = []
