@@ -36,7 +36,7 @@ def add_perfusion(pipeline: Pipeline) -> Pipeline:
     Nothing else about it changes: its components, hooks, settings and the class name that it is saved under stay.
 
     Raises:
-        ValueError: if the model has no cross-attention from text.
+        ValueError: if no family knows the pipeline's model, or a text encoder is missing or does not fit it.
     """
     if not isinstance(pipeline, PerfusionLoaderMixin):
         family_of(pipeline)
