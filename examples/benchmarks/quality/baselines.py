@@ -115,7 +115,7 @@ def train(
     """
     family = family_of(pipeline)
     device = family.model.device
-    schedule = noise_schedule(pipeline.scheduler)
+    schedule = noise_schedule(family, pipeline.scheduler)
     prompt_ids = [ids.to(device) for ids in family.tokenize([template.format(phrase) for template in TEMPLATES])]
     side = subject.latents.shape[-1] * family.vae_scale_factor
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **ADAMW)
