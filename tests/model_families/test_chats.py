@@ -119,7 +119,7 @@ def test_values_alone_are_trained_to_an_effect(pipe, draw, training_settings):
     trained = train(pipe, config)
     assert all(output.abs().max() > 0.1 for output in trained.target_outputs.values())
     pipe.load_perfusion(Path(config.output_dir) / "perfusion.safetensors")
-    assert torch.equal(draw(superclass), plain) and effect(draw(token), plain) > 1e-3
+    assert torch.equal(draw(superclass), plain) and effect(draw(token), plain) > 1e-4
     pipe.set_perfusion(bias=2.0, temperature=0.01)
     assert torch.equal(draw(token), plain)
 
