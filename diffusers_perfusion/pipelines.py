@@ -7,7 +7,13 @@ import os
 from typing import Any
 
 import diffusers
-from diffusers import PixArtSigmaPipeline, SanaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    PixArtSigmaPipeline,
+    SanaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from .loaders import PerfusionLoaderMixin
 from .pipeline_compat import with_mixin
@@ -20,14 +26,14 @@ class PerfusionPipeline(PerfusionLoaderMixin, StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Load a pipeline, and the concepts that were saved or pushed with it.
 
-        One of another family, such as FLUX.1, is of the class that it was saved as, with Perfusion's methods.
+        A pipeline of another family, such as FLUX.1, has the class that it was saved as, and Perfusion's methods.
 
         Arguments are those of `DiffusionPipeline.from_pretrained`.
         """
         saved = cls.load_config(pretrained_model_name_or_path, **kwargs)
         has_one_clip_and_unet = "unet" in saved and "text_encoder_2" not in saved
-        kind = None if has_one_clip_and_unet else getattr(diffusers, saved.get("_class_name", ""), None)
-        if kind is None:
+        kind = getattr(diffusers, str(saved.get("_class_name")), None)  # a file may say anything
+        if has_one_clip_and_unet or not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         return with_mixin(PerfusionLoaderMixin, kind).from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -658,6 +658,18 @@ def mistral_processor_folder(tmp_path_factory):
 # Of a prompt, the template around it and a system message.
 CHAT_LENGTH = 88
 
+# Names of the fixtures with a pipeline of each family.
+JOINT_PIPELINES = (
+    "sd3_pipeline",
+    "flux_pipeline",
+    "chroma_pipeline",
+    "klein_pipeline",
+    "dev_pipeline",
+    "z_image_pipeline",
+    "qwen_image_pipeline",
+)
+PIPELINES = ("pipeline", "xl_pipeline", "pixart_pipeline", "sana_pipeline", "cosmos_pipeline", *JOINT_PIPELINES)
+
 
 def make_qwen3(tokenizer, layers):
     torch.manual_seed(0)

@@ -73,6 +73,15 @@ def test_pipelines_of_other_families_are_loaded_with_their_concepts(
     assert f"The concepts that were saved with {tmp_path} are not loaded" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["AutoPipelineForText2Image", "utils", ["pipeline_mine", "MyPipeline"]])
+def test_a_class_that_is_no_pipeline_of_diffusers_is_not_loaded(flux_pipeline, tmp_path, name):
+    flux_pipeline.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": name}))
+    with pytest.raises(ValueError, match="unet"):
+        PerfusionPipeline.from_pretrained(tmp_path)
+
+
 def test_a_concept_that_was_deleted_stays_so(pipeline, cat, dog, tmp_path):
     pipeline.load_perfusion([cat, dog])
     pipeline.save_pretrained(tmp_path)

@@ -28,14 +28,14 @@ class Chroma(PackedFamily):
         return encoding._replace(mask=mask.to(encoding.hidden_states))
 
     def enable_gradient_checkpointing(self) -> None:
-        """Do so with the mask in every block; diffusers leaves it out of the single ones then."""
+        """Checkpoint every block with the mask of text, which diffusers leaves out of the single-stream ones."""
         mask: Tensor | None = None
 
         def checkpointed(block: Any, *inputs: Any) -> Any:
             nonlocal mask
             if isinstance(block, ChromaSingleTransformerBlock):
                 inputs = (*inputs[:3], mask)
-            else:  # which all come before
+            else:  # a double-stream block, which all come before
                 mask = inputs[4]
             return checkpoint(block, *inputs, use_reentrant=False)
 

@@ -114,12 +114,12 @@ def test_a_text_encoder_may_be_called_for_something_else(pipe, concept):
 def test_values_alone_are_trained_to_an_effect(pipe, draw, training_settings):
     token, superclass = "<my-cat> on the beach", "teddy bear on the beach"
     plain = draw(superclass)
-    settings = {"superclass": "teddy bear", "embedding_learning_rate": 0.0, "value_learning_rate": 0.3}
+    settings = {"superclass": "teddy bear", "embedding_learning_rate": 0.0, "value_learning_rate": 1.0}
     config = TrainingConfig(**training_settings | settings | {"resolution": 16, "max_train_steps": 6})
     trained = train(pipe, config)
     assert all(output.abs().max() > 0.1 for output in trained.target_outputs.values())
     pipe.load_perfusion(Path(config.output_dir) / "perfusion.safetensors")
-    assert torch.equal(draw(superclass), plain) and effect(draw(token), plain) > 1e-4
+    assert torch.equal(draw(superclass), plain) and effect(draw(token), plain) > 1e-3
     pipe.set_perfusion(bias=2.0, temperature=0.01)
     assert torch.equal(draw(token), plain)
 

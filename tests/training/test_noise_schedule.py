@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import JOINT_PIPELINES
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -53,20 +54,7 @@ def test_a_flow_goes_from_the_image_to_noise_as_its_scheduler_comes_back(family,
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sana_pipeline",
-        "cosmos_pipeline",
-        "sd3_pipeline",
-        "flux_pipeline",
-        "chroma_pipeline",
-        "klein_pipeline",
-        "dev_pipeline",
-        "z_image_pipeline",
-        "qwen_image_pipeline",
-    ],
-)
+@pytest.mark.parametrize("name", ["sana_pipeline", "cosmos_pipeline", *JOINT_PIPELINES])
 def test_a_flow_is_one_under_a_scheduler_that_does_not_say_so(request, name):
     family = family_of(request.getfixturevalue(name))
     for scheduler in (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import make_flux, make_unet
+from conftest import PIPELINES, make_flux, make_unet
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -18,21 +18,6 @@ from diffusers_perfusion.model_families import family_of
 from diffusers_perfusion.training import TrainingConfig, train, training_loop
 from diffusers_perfusion.training.trainable import check_trainable
 
-FAMILIES = (
-    "pipeline",
-    "xl_pipeline",
-    "pixart_pipeline",
-    "sana_pipeline",
-    "cosmos_pipeline",
-    "sd3_pipeline",
-    "flux_pipeline",
-    "chroma_pipeline",
-    "klein_pipeline",
-    "dev_pipeline",
-    "z_image_pipeline",
-    "qwen_image_pipeline",
-)
-
 
 @pytest.fixture
 def refused(training_settings, monkeypatch):
@@ -46,7 +31,7 @@ def refused(training_settings, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_can_be_trained_and_validated(request, name):
     pipe = request.getfixturevalue(name)
     check_trainable(pipe, family_of(pipe), generates=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CHAT_LENGTH, LENGTH, WIDTH, make_flux, make_unet
+from conftest import CHAT_LENGTH, JOINT_PIPELINES, LENGTH, PIPELINES, WIDTH, make_flux, make_unet
 from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -83,22 +83,7 @@ def test_training_writes_a_concept_that_has_an_effect(run, pipeline, generate):
     assert facts.items() <= concept.training.items()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "xl_pipeline",
-        "pixart_pipeline",
-        "sana_pipeline",
-        "cosmos_pipeline",
-        "flux_pipeline",
-        "chroma_pipeline",
-        "klein_pipeline",
-        "dev_pipeline",
-        "z_image_pipeline",
-        "qwen_image_pipeline",
-        "sd3_pipeline",
-    ],
-)
+@pytest.mark.parametrize("name", PIPELINES[1:])
 def test_training_of_other_families(request, name, training_settings, generate):
     pipe = request.getfixturevalue(name)
     if name == "cosmos_pipeline":
@@ -985,19 +970,7 @@ def draw_after_training(monkeypatch, training_settings, generate):
 
 
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "pipeline",
-        "sd3_pipeline",
-        "flux_pipeline",
-        "chroma_pipeline",
-        "klein_pipeline",
-        "dev_pipeline",
-        "z_image_pipeline",
-        "qwen_image_pipeline",
-    ],
-)
+@pytest.mark.parametrize("name", ["pipeline", *JOINT_PIPELINES])
 def test_mixed_precision_leaves_a_pipeline_in_its_own(request, draw_after_training, name, loaded):
     """And, in joint attention, its text encoders while they encode."""
     pipe, seen = request.getfixturevalue(name), set()
