@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import Tensor
 
 from .base import PromptEncoding
@@ -81,8 +82,6 @@ class Flux2Dev(Flux2):
         return super().matches(pipeline) and hasattr(pipeline, "system_message")
 
     def _tokens(self, tokenizer: Any, prompts: Sequence[str], padding: str) -> Any:
-        from diffusers.pipelines.flux2.pipeline_flux2 import format_input  # which old releases do not have
-
         return self._processor.apply_chat_template(
             format_input(list(prompts), self.instruction),
             tokenize=True,

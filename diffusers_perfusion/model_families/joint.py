@@ -187,7 +187,7 @@ class PackedFamily(JointFamily):
 
     def guidance(self, encoding: PromptEncoding) -> Tensor | None:
         """Return the guidance scale of each prompt in training; None for models not distilled from guidance."""
-        if not self.model.config.get("guidance_embeds", True):  # in diffusers 0.36 FLUX.2 has no other models
+        if not self.model.config.guidance_embeds:
             return None
         text = encoding.hidden_states
         return torch.full((len(text),), TRAINING_GUIDANCE, device=text.device)
